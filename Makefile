@@ -1,0 +1,74 @@
+# Everything a contributor types. `make` alone lists it.
+#
+# The environment lives in .venv and is rebuilt when pyproject.toml or constraints.txt change;
+# the demo bases live in .models. Both are made on demand and reused afterwards.
+
+PYTHON  ?= python3.11
+HOST    ?= 127.0.0.1
+PORT    ?= 8000
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check
+READY   := $(VENV)/.installed
+SOURCES := $(wildcard molex server scripts examples benchmarks loadtests)
+
+# Threads of torch and of the tests would otherwise fight over the same cores.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help install models serve demo lint deploy-lint format test bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(READY) ## Install the pinned environment into .venv
+
+# The virtual environment is made without ensurepip, which Debian ships separately, and pip is then
+# put into it by the pip that is already there. torch is named beside everything else, so that pip
+# resolves all of it against that one build.
+$(READY): pyproject.toml constraints.txt
+	@echo "==> Installing the pinned environment into $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
+		$(PYTHON) -m pip --python $(BIN)/python install --quiet --constraint constraints.txt pip
+	@$(PIP) install --constraint constraints.txt torch==2.13.0 --editable '.[train,bench,gguf,dev]'
+	@touch $@
+	@echo "==> Installed"
+
+models: $(READY) ## Prepare the demo bases in .models
+	@$(BIN)/python -m scripts.prepare_bases
+
+serve: models ## Serve the demo bases and the example adapters on $(HOST):$(PORT)
+	@$(BIN)/molex serve --host $(HOST) --port $(PORT) \
+		--base e5-small=.models/e5-small \
+		--base smollm2=.models/smollm2-135m-instruct \
+		--adapters examples/adapters
+
+demo: models ## Start a server, send it real requests, print the answers, stop
+	@$(BIN)/python examples/demo.py
+
+lint: $(READY) deploy-lint ## Check style, types, import directions and deployment files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(SOURCES)
+	$(BIN)/lint-imports
+
+deploy-lint: $(READY) ## Check the Dockerfile and docker-compose.yml
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+
+format: $(READY) ## Rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: $(READY) ## Run the tests
+	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+
+bench: models ## Run every benchmark and print its table
+	@for script in benchmarks/bench_*.py; do \
+		echo "==> $$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean: ## Remove caches and build output; keep .venv and .models
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print | xargs rm -rf
