@@ -1,0 +1,141 @@
+"""Adapter folders: `adapter_config.json` beside `adapter_model.safetensors`, as PEFT lays them out.
+
+Every tensor is accounted for. One that is unknown, missing, misshapen, not finite or without effect is an
+error that names it: an adapter that would silently do nothing is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from molex.adapter import MIX, MIX_LOGITS, PEFT_PREFIX, Adapter, assemble, tensor_shapes
+from molex.backbone import BaseSpec
+from molex.config import AdapterConfig
+from molex.config_file import config_fields, parse_config
+from molex.errors import AdapterError
+from molex.heads import POOLER, Shape, output_name
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def read_adapter(
+    folder: str | Path,
+    spec: BaseSpec,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Adapter:
+    """Read and validate an adapter folder for a base model; touches no model.
+
+    Low-rank factors are cast to `dtype`; gates, mixing weights and heads to at least float32. Raises
+    AdapterError, which names the tensor, field or file at fault.
+    """
+    config_bytes = _read(Path(folder), CONFIG_NAME)
+    weights_bytes = _read(Path(folder), WEIGHTS_NAME)
+    config = parse_config(config_bytes, spec.num_layers)
+    try:
+        tensors = load(weights_bytes)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise AdapterError(WEIGHTS_NAME, f"not a safetensors file ({error})") from error
+    _check_tensors(config, spec, tensors)
+    kept = torch.promote_types(dtype, torch.float32)
+    moved = {name: t.to(device, dtype if ".lora_" in name else kept) for name, t in tensors.items()}
+    return assemble(config, spec, moved, digest=_digest(config_bytes, weights_bytes))
+
+
+def _read(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        hint = ""
+        if name == WEIGHTS_NAME and (folder / "adapter_model.bin").exists():
+            hint = "; adapter_model.bin is a pickle, which is never read"
+        raise AdapterError(name, f"cannot be read ({error.strerror}){hint}") from error
+
+
+def _digest(*contents: bytes) -> str:
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(hashlib.sha256(content).digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _check_tensors(config: AdapterConfig, spec: BaseSpec, tensors: Mapping[str, Tensor]) -> None:
+    expected = _expected_shapes(config, spec, tensors)
+    for name in tensors:
+        if name not in expected:
+            raise AdapterError(name, f"unknown tensor for a {config.kind} adapter on {spec.model_type}")
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise AdapterError(name, f"missing in {WEIGHTS_NAME}")
+        _check_tensor(name, tensors[name], shape)
+    if MIX in tensors and not tensors[MIX][:, 1].any():
+        raise AdapterError(MIX, "has no effect: every w_routed is 0")
+
+
+def _expected_shapes(
+    config: AdapterConfig, spec: BaseSpec, tensors: Mapping[str, Tensor]
+) -> dict[str, Shape]:
+    if config.task_type == "CAUSAL_LM":
+        if not spec.generates:
+            raise AdapterError("task_type", f"CAUSAL_LM needs a decoder, but the base is {spec.model_type}")
+        return tensor_shapes(config, spec, 0, pooler=False)
+    output = PEFT_PREFIX + output_name(spec.head)
+    if output not in tensors:
+        raise AdapterError(output, f"missing in {WEIGHTS_NAME}")
+    pooler = f"{PEFT_PREFIX}{POOLER}.weight" in tensors
+    if spec.head == "bert" and not pooler and not spec.has_pooler:
+        raise AdapterError(f"{PEFT_PREFIX}{POOLER}.weight", "missing, and the base model has no pooler")
+    num_labels = tensors[output].shape[0] if tensors[output].ndim else 0
+    if config.id2label is not None and len(config.id2label) != num_labels:
+        raise AdapterError("id2label", f"{len(config.id2label)} names for {num_labels} labels")
+    return tensor_shapes(config, spec, num_labels, pooler=pooler)
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: Shape) -> None:
+    if tuple(tensor.shape) != shape:
+        raise AdapterError(name, f"has shape {list(tensor.shape)}, expected {list(shape)}")
+    if not tensor.is_floating_point():
+        raise AdapterError(
+            name, f"has dtype {str(tensor.dtype).removeprefix('torch.')}, expected floating point"
+        )
+    if not tensor.isfinite().all():
+        raise AdapterError(name, "has values that are not finite")
+    if name.endswith((".lora_A.weight", ".lora_B.weight")) and not tensor.any():
+        raise AdapterError(name, "has no effect: every value is 0")
+
+
+def write_adapter(adapter: Adapter, folder: str | Path) -> None:
+    """Write the two files of an adapter, replacing those that are there."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.tensors.items()}
+    if MIX_LOGITS in tensors:
+        del tensors[MIX_LOGITS]
+        tensors[MIX] = adapter.mixing_pairs().detach().cpu().contiguous()
+    fields = config_fields(adapter.config, _head_modules(adapter))
+    _replace(folder / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
+    _replace(folder / CONFIG_NAME, (json.dumps(fields, indent=2) + "\n").encode())
+
+
+def _head_modules(adapter: Adapter) -> list[str]:
+    """What PEFT calls the modules that it saves whole."""
+    if adapter.head is None:
+        return []
+    names = [name.removeprefix("bert.").split(".")[0] for name in adapter.head.tensors]
+    return list(dict.fromkeys(names))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

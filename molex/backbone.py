@@ -1,0 +1,270 @@
+"""The base model as a set of layers, any of which can run on any rows at any depth.
+
+Stock transformers blocks do the work. A family table says where they are and how they are called; their
+linear layers are wrapped so that they add the low-rank updates of the batch (`molex/lora.py`), and their
+attention is the packed one (`molex/attention.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+
+from molex import attention
+from molex.attention import KVStreams
+from molex.errors import BaseModelError
+from molex.heads import HeadKind
+from molex.lora import ActiveLora, AdaptedLinear, LoraSwitch
+from molex.packing import Packed
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model family of transformers is put together.
+
+    `root` is the base model's attribute inside a task model, as PEFT's tensor names spell it, `layers` the
+    path from there to the list of blocks; `norm` the norm after the last block; `rotary` whether blocks want
+    (cos, sin); `max_length` the longest sequence that the position table takes.
+    """
+
+    root: str
+    layers: str
+    head: HeadKind
+    embed: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
+    max_length: Callable[[Any], int]
+    causal: bool = True
+    norm: str | None = None
+    rotary: bool = False
+
+
+def _embed_bert(base: Any, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+    types = torch.zeros_like(tokens) if types is None else types
+    return base.embeddings(input_ids=tokens, position_ids=positions, token_type_ids=types)  # type: ignore[no-any-return]
+
+
+def _embed_roberta(base: Any, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+    return _embed_bert(base, tokens, positions + base.config.pad_token_id + 1, types)
+
+
+def _embed_gpt2(base: Any, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+    return base.wte(tokens) + base.wpe(positions)  # type: ignore[no-any-return]
+
+
+def _embed_llama(base: Any, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+    return base.embed_tokens(tokens)  # type: ignore[no-any-return]
+
+
+_positions = attrgetter("max_position_embeddings")
+_LLAMA = Family(
+    "model", "layers", "score", embed=_embed_llama, max_length=_positions, norm="norm", rotary=True
+)
+FAMILIES: Mapping[str, Family] = {
+    "bert": Family("bert", "encoder.layer", "bert", embed=_embed_bert, max_length=_positions, causal=False),
+    "roberta": Family(
+        "roberta",
+        "encoder.layer",
+        "roberta",
+        embed=_embed_roberta,
+        # Positions start behind the padding index.
+        max_length=lambda config: config.max_position_embeddings - config.pad_token_id - 1,
+        causal=False,
+    ),
+    "gpt2": Family("transformer", "h", "score", embed=_embed_gpt2, max_length=_positions, norm="ln_f"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+}
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """The facts of a base model that an adapter must fit; no weights.
+
+    `modules` gives the linear layers of a block and their (inputs, outputs); `prefix` is the path of the list
+    of blocks in PEFT's tensor names; `has_pooler` says whether a BERT base brings trained pooler weights;
+    `digest` is `sha256:…` of the weights and their names.
+    """
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_length: int
+    modules: Mapping[str, tuple[int, int]]
+    prefix: str
+    head: HeadKind
+    generates: bool
+    has_pooler: bool
+    digest: str
+
+
+class Backbone:
+    """A base model taken apart: embedding, T layers, final norm and language model head."""
+
+    def __init__(self, model: PreTrainedModel, *, has_pooler: bool = False) -> None:
+        """`model` is a bare encoder or a causal language model loaded with the packed attention."""
+        self.config: Any = model.config
+        self.family = FAMILIES[self.config.model_type]
+        base = model.base_model
+        model.eval().requires_grad_(False)
+        self._base: Any = base
+        self.lm_head: nn.Module | None = getattr(model, "lm_head", None) if self.family.causal else None
+        self.pooler = _pooler(base) if has_pooler else None
+        self.layers: list[Any] = list(attrgetter(self.family.layers)(base))
+        self.switch = LoraSwitch()
+        self._digest = _digest(model)
+        self._modules = _wrap_linear_layers(self.layers, self.switch)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Backbone:
+        """Load a local folder or hub id. Raises BaseModelError, naming the base, if it can't be served."""
+        if isinstance(base, Path) or str(base).startswith((".", "/")):
+            if not Path(base).is_dir():
+                raise BaseModelError(f"base model {str(base)!r}: no such folder")
+        try:
+            config = AutoConfig.from_pretrained(base)
+        except (OSError, ValueError) as error:
+            raise BaseModelError(f"base model {str(base)!r}: {error}") from error
+        _check_supported(str(base), config)
+        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention.NAME}
+        loader = AutoModelForCausalLM if FAMILIES[config.model_type].causal else AutoModel
+        if config.model_type == "roberta":
+            options["add_pooling_layer"] = False
+        model, info = loader.from_pretrained(base, output_loading_info=True, **options)
+        missing = {key for key in info["missing_keys"] if "pooler" not in key}
+        if missing:
+            raise BaseModelError(f"base model {str(base)!r}: no weights for {sorted(missing)[0]}")
+        has_pooler = config.model_type == "bert" and not info["missing_keys"]
+        return cls(model.to(device), has_pooler=has_pooler)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._base.dtype  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        return self._base.device  # type: ignore[no-any-return]
+
+    @cached_property
+    def spec(self) -> BaseSpec:
+        return BaseSpec(
+            model_type=self.config.model_type,
+            num_layers=len(self.layers),
+            hidden_size=self.config.hidden_size,
+            vocab_size=self.config.vocab_size,
+            max_length=self.family.max_length(self.config),
+            modules=self._modules,
+            prefix=f"{self.family.root}.{self.family.layers}",
+            head=self.family.head,
+            generates=self.lm_head is not None,
+            has_pooler=self.pooler is not None,
+            digest=self._digest,
+        )
+
+    @property
+    def num_kv_heads(self) -> int:
+        return getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return (
+            getattr(self.config, "head_dim", None)
+            or self.config.hidden_size // self.config.num_attention_heads
+        )
+
+    def embed(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+        """Token ids, positions and token types [n] → hidden states [1, n, d]."""
+        types = None if types is None else types[None]
+        return self.family.embed(self._base, tokens[None], positions[None], types)
+
+    def rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(cos, sin) [1, n, head_dim] at positions [n], for families that rotate queries and keys."""
+        if not self.family.rotary:
+            return None
+        return self._base.rotary_emb(hidden, positions[None])  # type: ignore[no-any-return]
+
+    def run_layer(
+        self,
+        layer: int,
+        hidden: Tensor,
+        packed: Packed,
+        lora: ActiveLora | None,
+        rotary: tuple[Tensor, Tensor] | None,
+        kv: KVStreams | None,
+    ) -> Tensor:
+        """Run one layer on packed rows [1, n, d], with the low-rank updates of their adapters."""
+        options = {} if rotary is None else {"position_embeddings": rotary}
+        self.switch.active = lora
+        try:
+            return self.layers[layer](hidden, attention_mask=None, packed=packed, kv=kv, **options)  # type: ignore[no-any-return]
+        finally:
+            self.switch.active = None
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The norm after the last layer, where the family has one."""
+        return hidden if self.family.norm is None else getattr(self._base, self.family.norm)(hidden)
+
+
+def _check_supported(base: str, config: PretrainedConfig) -> None:
+    if config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise BaseModelError(f"base model {base!r}: model_type {config.model_type!r} is not one of {known}")
+    for switch in ("is_decoder", "add_cross_attention"):
+        if not FAMILIES[config.model_type].causal and getattr(config, switch, False):
+            raise BaseModelError(f"base model {base!r}: {switch} is not supported for {config.model_type}")
+    if getattr(config, "position_embedding_type", "absolute") != "absolute":
+        raise BaseModelError(f"base model {base!r}: relative position embeddings are not supported")
+    if getattr(config, "reorder_and_upcast_attn", False):
+        raise BaseModelError(f"base model {base!r}: reorder_and_upcast_attn is not supported")
+
+
+def _pooler(base: Any) -> Callable[[Tensor], Tensor]:
+    """The base's own pooler, on hidden states [m, d] that are pooled tokens already."""
+    return lambda pooled: base.pooler(pooled[:, None].to(base.dtype))
+
+
+def _wrap_linear_layers(layers: list[Any], switch: LoraSwitch) -> dict[str, tuple[int, int]]:
+    """Wrap every linear layer of every block; returns their names in a block and (inputs, outputs)."""
+    modules: dict[str, tuple[int, int]] = {}
+    for number, layer in enumerate(layers):
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, nn.Linear | Conv1D):
+                layer.set_submodule(name, AdaptedLinear(module, (number, name), switch))
+                modules[name] = _sizes(module)
+    return modules
+
+
+def _sizes(linear: nn.Linear | Conv1D) -> tuple[int, int]:
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
+    inputs, outputs = linear.weight.shape
+    return inputs, outputs
+
+
+def _digest(model: PreTrainedModel) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,189 @@
+"""Low-rank updates of many adapters in one batch.
+
+One operation, three ways to compute it. For packed rows x [n, in], base output y [n, out] and adapters
+a with factors A_a [r_a, in], B_a [out, r_a] and scaling s_a:
+
+    y[i] += s_a · B_a · A_a · x[i]        for each row i of adapter a
+
+`low_rank_reference` is that sentence. `low_rank_gated` does all adapters in one product,
+y += ((x A_catᵀ) ⊙ G) B_cat, where G [n, R] is s_a for the ranks of the row's own adapter and 0 elsewhere.
+`low_rank_segments` does one small product an adapter. The first costs width, the second costs calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from molex.packing import Packed
+
+Site = tuple[int, str]
+"""A linear layer that can be adapted: (layer, name of the module in its block)."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Factors A [r, in] and B [out, r] of one update, and the scaling of their product."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """The low-rank updates of one adapter. `dropout` acts on their inputs while gradients are taken."""
+
+    updates: Mapping[Site, LowRank] = field(default_factory=dict)
+    dropout: float = 0.0
+
+
+Segment = tuple[LowRank, int, int]
+"""An update and the rows start..stop that it acts on."""
+
+
+def low_rank_reference(y: Tensor, x: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """The definition, row by row. y [n, out], x [n, in] → a new [n, out]."""
+    result = y.clone()
+    for update, start, stop in segments:
+        for row in range(start, stop):
+            result[row] += update.scaling * (update.b @ (update.a @ x[row]))
+    return result
+
+
+def low_rank_segments(y: Tensor, x: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """One product for each adapter's rows. Adds to y [n, out] in place where no gradient is taken."""
+    if torch.is_grad_enabled():
+        return y + _segment_products(y, x, segments)
+    for update, start, stop in segments:
+        narrow = x[start:stop] @ update.a.T
+        y[start:stop].addmm_(narrow, update.b.T, alpha=update.scaling)
+    return y
+
+
+def _segment_products(y: Tensor, x: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """The update of every row [n, out], zero between the segments; differentiable in x and the factors."""
+    pieces: list[Tensor] = []
+    end = 0
+    for update, start, stop in segments:
+        pieces.append(y.new_zeros(start - end, y.shape[1]))
+        narrow = x[start:stop] @ update.a.to(x.dtype).T
+        pieces.append(narrow @ update.b.to(x.dtype).T * update.scaling)
+        end = stop
+    pieces.append(y.new_zeros(len(y) - end, y.shape[1]))
+    return torch.cat(pieces)
+
+
+def low_rank_gated(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gates: Tensor) -> Tensor:
+    """All adapters at once. a [R, in], b [R, out] are the factors side by side, gates [n, R] the scalings."""
+    return torch.addmm(y, (x @ a.T) * gates, b)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """The factors of all adapters at one site, side by side: a [R, in], b [R, out]; owners and scalings [R]."""
+
+    a: Tensor
+    b: Tensor
+    owners: Tensor
+    scalings: Tensor
+
+
+class BatchLora:
+    """The updates of the distinct adapters of a batch, indexed like `Packed.members`."""
+
+    def __init__(self, adapters: Sequence[LoraWeights]) -> None:
+        self.adapters = adapters
+        self.sites = frozenset(site for adapter in adapters for site in adapter.updates)
+        self._stacks: dict[Site, _Stack] = {}
+
+    def update(self, member: int, site: Site) -> LowRank | None:
+        return self.adapters[member].updates.get(site)
+
+    def stack(self, site: Site) -> _Stack:
+        """The factors of every adapter at a site side by side, built once."""
+        if site not in self._stacks:
+            self._stacks[site] = self._build(site)
+        return self._stacks[site]
+
+    def _build(self, site: Site) -> _Stack:
+        present = [(i, u) for i, a in enumerate(self.adapters) if (u := a.updates.get(site)) is not None]
+        ranks = torch.tensor([len(update.a) for _, update in present])
+        owners = torch.tensor([i for i, _ in present]).repeat_interleave(ranks)
+        scalings = torch.tensor([update.scaling for _, update in present]).repeat_interleave(ranks)
+        a = torch.cat([update.a for _, update in present])
+        b = torch.cat([update.b.T for _, update in present])
+        return _Stack(a, b, owners.to(a.device), scalings.to(a))
+
+    def rank(self, site: Site) -> int:
+        return sum(len(u.a) for a in self.adapters if (u := a.updates.get(site)) is not None)
+
+
+# Where the wide product stops being cheaper than a call for each adapter: floating-point operations that
+# fit in the overhead of one small call. Measured by benchmarks/low_rank.py; only the ratio matters.
+OPERATIONS_PER_CALL = 2_000_000
+
+
+class ActiveLora:
+    """The low-rank updates for the packed rows that a block is running on."""
+
+    def __init__(self, batch: BatchLora, packed: Packed) -> None:
+        self.batch = batch
+        self.packed = packed
+        self._gates: dict[tuple[int, ...], Tensor] = {}
+
+    def add(self, y: Tensor, x: Tensor, site: Site) -> Tensor:
+        """y [1, n, out] plus the updates at `site` of the adapters of the rows x [1, n, in]."""
+        segments = [
+            (update, start, stop)
+            for member, start, stop in self.packed.segments
+            if (update := self.batch.update(member, site)) is not None
+        ]
+        if not segments:
+            return y
+        if torch.is_grad_enabled():
+            x = functional.dropout(x, self._dropout(), training=True)
+        elif len(segments) > 1 and self._gated_is_cheaper(y, x, site, len(segments)):
+            stack = self.batch.stack(site)
+            return low_rank_gated(y[0], x[0], stack.a, stack.b, self._gate(stack))[None]
+        return low_rank_segments(y[0], x[0], segments)[None]
+
+    def _dropout(self) -> float:
+        return max(adapter.dropout for adapter in self.batch.adapters)
+
+    def _gated_is_cheaper(self, y: Tensor, x: Tensor, site: Site, calls: int) -> bool:
+        operations = 2 * x.shape[1] * self.batch.rank(site) * (x.shape[2] + y.shape[2])
+        return operations < calls * OPERATIONS_PER_CALL
+
+    def _gate(self, stack: _Stack) -> Tensor:
+        """G [n, R]: the scaling where a rank belongs to the row's adapter, else 0; shared by equal layouts."""
+        layout = tuple(stack.owners.tolist())
+        if layout not in self._gates:
+            members = self.packed.spread(torch.tensor(self.packed.members, device=stack.owners.device))
+            self._gates[layout] = (members[:, None] == stack.owners) * stack.scalings
+        return self._gates[layout]
+
+
+class LoraSwitch:
+    """What the adapted layers of a backbone add to their output at the moment; None: nothing."""
+
+    active: ActiveLora | None = None
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer of the base model that adds the low-rank updates of the batch that runs through it."""
+
+    def __init__(self, base: nn.Module, site: Site, switch: LoraSwitch) -> None:
+        super().__init__()
+        self.base = base
+        self.site = site
+        self.switch = switch
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        active = self.switch.active
+        return y if active is None else active.add(y, x, self.site)
