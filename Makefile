@@ -39,7 +39,7 @@ $(READY): pyproject.toml constraints.txt
 models: $(READY) ## Prepare the demo bases in .models
 	@$(BIN)/python -m scripts.prepare_bases
 
-serve: models ## Serve the demo bases and the example adapters on $(HOST):$(PORT)
+serve: models ## Serve the demo bases and the example adapters on 127.0.0.1:8000
 	@$(BIN)/molex serve --host $(HOST) --port $(PORT) \
 		--base e5-small=.models/e5-small \
 		--base smollm2=.models/smollm2-135m-instruct \
