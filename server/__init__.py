@@ -1,0 +1,1 @@
+"""The HTTP service around `molex`: many adapters, one base, one batch."""

@@ -1,0 +1,38 @@
+"""The HTTP application around an engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from server.engine import Engine
+from server.routes import adapters, chat, classify, completions, errors, health, models
+from server.routes.middleware import Observer
+
+
+def create_app(engine: Engine) -> FastAPI:
+    """The application. It starts the engine when it starts and stops it when it stops."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await engine.start()
+        yield
+        await engine.stop()
+
+    app = FastAPI(
+        title="MoLEx serve",
+        version=version("molex-serve"),
+        description="Classification and generation with many MoLEx and LoRA adapters on one base.",
+        lifespan=lifespan,
+        max_body_size=engine.settings.max_body_bytes,
+        redoc_url=None,
+    )
+    app.state.engine = engine
+    for module in (classify, completions, chat, models, adapters, health):
+        app.include_router(module.router)
+    errors.install(app)
+    app.add_middleware(Observer, metrics=engine.metrics)
+    return app

@@ -1,0 +1,54 @@
+"""What `molex serve` prints when it is up: what it serves, and commands to try."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+
+from server.engine import Engine
+
+
+def banner(engine: Engine, url: str, refused: Mapping[str, str]) -> str:
+    """The bases, the adapters, the refused ones with their reason, and curl commands that work here."""
+    return "\n".join(["", *_inventory(engine, refused), "", *_commands(engine, url), ""])
+
+
+def _inventory(engine: Engine, refused: Mapping[str, str]) -> Iterator[str]:
+    yield "Bases"
+    for base in engine.bases.values():
+        spec = base.model.spec
+        yield f"  {base.name}: {spec.model_type}, {spec.num_layers} layers, {base.model.dtype}"
+    yield "Adapters"
+    for served in engine.adapters.all():
+        adapter = served.adapter
+        size = f"rank {adapter.rank}, {adapter.nbytes / 1e6:.1f} MB"
+        yield f"  {served.name}: {adapter.kind} {adapter.task_type} on {served.base}, {size}"
+    if not engine.adapters.all():
+        yield "  none"
+    for name, reason in refused.items():
+        yield f"  {name}: REFUSED, {reason}"
+
+
+def _commands(engine: Engine, url: str) -> Iterator[str]:
+    yield "Try"
+    if name := _first(engine, "SEQ_CLS"):
+        text = "A warm, funny and beautifully acted film."
+        yield _post(url, "/v1/classify", {"model": name, "input": text, "return_routes": True})
+    if name := _first(engine, "CAUSAL_LM"):
+        prompt = "name[The Eagle], eatType[coffee shop], food[Japanese]"
+        body = {"model": name, "prompt": prompt, "max_tokens": 40, "temperature": 0, "stream": True}
+        yield _post(url, "/v1/completions", body)
+    yield f"  curl {url}/v1/models"
+    yield f"  curl {url}/metrics"
+
+
+def _first(engine: Engine, task: str) -> str | None:
+    """The first adapter for a task, if there is one; MoLEx before LoRA."""
+    adapters = [served for served in engine.adapters.all() if served.adapter.task_type == task]
+    adapters.sort(key=lambda served: served.adapter.kind != "molex")
+    return adapters[0].name if adapters else None
+
+
+def _post(url: str, path: str, body: Mapping[str, object]) -> str:
+    header = "-H 'content-type: application/json'"
+    return f"  curl -N {url}{path} {header} -d '{json.dumps(body)}'"

@@ -1,0 +1,40 @@
+"""One base model with what is needed to serve it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from molex.model import MolexModel
+from server.runner import ModelRunner
+from server.settings import Settings
+from server.tokenization import Tokenization
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, loaded once, shared by all its adapters."""
+
+    name: str
+    model: MolexModel
+    tokenization: Tokenization
+    runner: ModelRunner
+    created: int = field(default_factory=lambda: int(time.time()))
+    """Seconds since the epoch."""
+
+
+def load_base(name: str, source: str, settings: Settings) -> Base:
+    """Load a base from a local folder or hub id.
+
+    Raises BaseModelError where it cannot be served.
+    """
+    model = MolexModel.from_pretrained(source, dtype=getattr(torch, settings.dtype))
+    tokenization = Tokenization.from_pretrained(
+        source,
+        max_length=min(settings.max_length, model.spec.max_length),
+        vocab_size=model.spec.vocab_size,
+    )
+    runner = ModelRunner(model, tokenization, max_sequences=settings.max_sequences)
+    return Base(name, model, tokenization, runner)

@@ -1,0 +1,146 @@
+"""The `molex` command."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType, NoneType
+from typing import Annotated, Any, get_args
+
+import typer
+import uvicorn
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from rich.console import Console
+
+from molex.convert import convert
+from molex.errors import MolexError
+from molex.train.cli import evaluate, train
+from server import logs
+from server.app import create_app
+from server.banner import banner
+from server.engine import Engine
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+app = typer.Typer(
+    name="molex",
+    help="Serve, train and convert transformers finetuned with MoLEx and LoRA.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which tells when it is up, and stops being ready as soon as it is told to stop."""
+
+    def __init__(self, engine: Engine, refused: Mapping[str, str]) -> None:
+        settings = engine.settings
+        super().__init__(
+            uvicorn.Config(
+                create_app(engine),
+                host=settings.host,
+                port=settings.port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=settings.grace_seconds,
+            )
+        )
+        self._engine = engine
+        self._refused = refused
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            port = self.servers[0].sockets[0].getsockname()[1]
+            host = self.config.host
+            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            Console(highlight=False, markup=False, soft_wrap=True).print(
+                banner(self._engine, url, self._refused)
+            )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._engine.draining = True
+        super().handle_exit(sig, frame)
+
+
+def run_server(settings: Settings) -> None:
+    """Load everything, then serve until SIGTERM or SIGINT."""
+    logs.configure(settings)
+    names = ", ".join(settings.bases)
+    Console(stderr=True).print(f"Loading {names} in {settings.dtype} …", highlight=False)
+    engine = Engine.load(settings)
+    refused = engine.adapters.load_folder(settings.adapters) if settings.adapters else {}
+    server = Server(engine, refused)
+    asyncio.run(server.serve())
+    if not server.started:
+        raise SystemExit(1)
+
+
+def serve(**options: Any) -> None:
+    """Serve base models and their adapters over HTTP."""
+    given = {name: value for name, value in options.items() if value not in (None, [])}
+    try:
+        run_server(Settings(**given))
+    except ValidationError as error:
+        for problem in error.errors():
+            where = ".".join(map(str, problem["loc"])) or "settings"
+            typer.echo(f"{where}: {problem['msg'].removeprefix('Value error, ')}", err=True)
+        sys.exit(2)
+    except MolexError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(1)
+
+
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    """The command line option of one setting."""
+    extra = field.json_schema_extra
+    flag = extra.get("flag") if isinstance(extra, dict) else None
+    kind = list[str] if flag else _plain_type(field.annotation)
+    default = "" if flag or field.default is None else f" (default: {field.default})"
+    option = typer.Option(str(flag or "--" + name.replace("_", "-")), help=f"{field.description}{default}")
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],
+    )
+
+
+def _plain_type(annotation: Any) -> Any:
+    """`X` for `X | None`."""
+    kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+    return kinds[0] if NoneType in get_args(annotation) else annotation
+
+
+def _with_settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give the command one option for each setting, so that settings are spelled in one place."""
+    options = [_option(name, field) for name, field in Settings.model_fields.items()]
+    command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    return command
+
+
+def convert_checkpoint(
+    source: Annotated[Path, typer.Argument(help="Folder of an official MoLEx checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="Adapter folder to write.")],
+    base_out: Annotated[Path | None, typer.Option(help="Folder to write the base model to.")] = None,
+) -> None:
+    """Turn an official MoLEx checkpoint into an adapter and, if asked, its base."""
+    try:
+        convert(source, output, base_out)
+    except MolexError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    typer.echo(f"{output}: adapter written")
+
+
+app.command()(_with_settings_as_options(serve))
+app.command()(train)
+app.command()(evaluate)
+app.command("convert")(convert_checkpoint)

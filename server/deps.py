@@ -1,0 +1,104 @@
+"""What the HTTP handlers share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Request
+
+from molex.adapter import BARE, Adapter
+from server.base import Base
+from server.engine import Engine
+from server.errors import ErrorKind, ServiceError
+
+T = TypeVar("T")
+DIGEST_HEADER = "x-adapter-digest"
+
+
+def _engine(request: Request) -> Engine:
+    engine: Engine = request.app.state.engine
+    return engine
+
+
+EngineDep = Annotated[Engine, Depends(_engine)]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a request's `model` names: an adapter on its base, or a bare base."""
+
+    name: str
+    base: Base
+    adapter: Adapter
+
+    @property
+    def digest(self) -> str | None:
+        """Of the adapter; None for a bare base."""
+        return self.adapter.digest or None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {DIGEST_HEADER: self.adapter.digest} if self.adapter.digest else {}
+
+
+def find_target(engine: Engine, model: str) -> Target:
+    """Raises ServiceError (404) where no base and no adapter has this name."""
+    if model in engine.bases:
+        return Target(model, engine.bases[model], BARE)
+    if model not in engine.adapters:
+        message = f"no base or adapter is named {model!r}; GET /v1/models lists them"
+        raise ServiceError(ErrorKind.MODEL_NOT_FOUND, message, param="model")
+    served = engine.adapters.get(model)
+    return Target(model, engine.bases[served.base], served.adapter)
+
+
+def classifier(engine: Engine, model: str) -> Target:
+    """The target, which has to classify."""
+    target = find_target(engine, model)
+    if target.adapter.head is None:
+        what = "a bare base" if target.adapter is BARE else "an adapter for generation"
+        message = f"{model!r} is {what}, which has no classes; name a classification adapter"
+        raise ServiceError(ErrorKind.WRONG_TASK, message, param="model")
+    return target
+
+
+def generator(engine: Engine, model: str) -> Target:
+    """The target, which has to generate."""
+    target = find_target(engine, model)
+    if target.adapter.head is not None:
+        message = f"{model!r} is a classification adapter; send it to /v1/classify"
+        raise ServiceError(ErrorKind.WRONG_TASK, message, param="model")
+    if not target.base.model.spec.generates:
+        message = f"{model!r} is a bare encoder, which generates no text"
+        raise ServiceError(ErrorKind.WRONG_TASK, message, param="model")
+    return target
+
+
+def check_count(engine: Engine, count: int, param: str) -> None:
+    """Raises ServiceError where a request has more inputs than allowed."""
+    limit = engine.settings.max_inputs
+    if count > limit:
+        message = f"{param} has {count} entries; the limit is {limit}"
+        raise ServiceError(ErrorKind.INVALID_REQUEST, message, param=param)
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away."""
+    task = asyncio.ensure_future(work)
+    departure = asyncio.ensure_future(_departure(request))
+    try:
+        await asyncio.wait({task, departure}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ServiceError(ErrorKind.CLIENT_GONE, "the client has closed the connection")
+        return task.result()
+    finally:
+        task.cancel()
+        departure.cancel()
+
+
+async def _departure(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,88 @@
+"""Every error that the service answers with, in one table, and its OpenAI-shaped body."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+
+class ErrorKind(Enum):
+    """HTTP status, OpenAI `type` and `code` of each kind of error."""
+
+    INVALID_REQUEST = (400, "invalid_request_error", "invalid_value")
+    UNSUPPORTED_PARAMETER = (400, "invalid_request_error", "unsupported_parameter")
+    CONTEXT_LENGTH = (400, "invalid_request_error", "context_length_exceeded")
+    WRONG_TASK = (400, "invalid_request_error", "wrong_task")
+    ALREADY_LOADED = (400, "invalid_request_error", "already_loaded")
+    BAD_ADAPTER = (400, "invalid_request_error", "invalid_adapter")
+    FORBIDDEN_SOURCE = (403, "permission_error", "forbidden_source")
+    NOT_FOUND = (404, "not_found_error", "not_found")
+    MODEL_NOT_FOUND = (404, "not_found_error", "model_not_found")
+    ADAPTER_NOT_FOUND = (404, "not_found_error", "adapter_not_found")
+    METHOD_NOT_ALLOWED = (405, "invalid_request_error", "method_not_allowed")
+    NAME_TAKEN = (409, "conflict_error", "name_taken")
+    TOO_MANY_ADAPTERS = (409, "conflict_error", "too_many_adapters")
+    TOO_LARGE = (413, "invalid_request_error", "request_too_large")
+    OVERLOADED = (429, "overloaded_error", "queue_full")
+    CLIENT_GONE = (499, "invalid_request_error", "client_closed_request")
+    INTERNAL = (500, "server_error", "internal_error")
+    STOPPING = (503, "server_error", "shutting_down")
+
+    def __init__(self, status: int, error_type: str, code: str) -> None:
+        self.status = status
+        self.error_type = error_type
+        self.code = code
+
+
+class ServiceError(Exception):
+    """An answer other than success. `param` names the request field at fault; `retry_after` is in seconds."""
+
+    def __init__(
+        self,
+        kind: ErrorKind,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+
+    def body(self) -> dict[str, Any]:
+        """The body of the answer, in the shape that OpenAI clients parse."""
+        error = {
+            "message": self.message,
+            "type": self.kind.error_type,
+            "param": self.param,
+            "code": self.kind.code,
+        }
+        return {"error": error}
+
+
+def internal_error() -> ServiceError:
+    """What a client is told about a fault of ours: nothing that shows the inside. The log has the rest."""
+    return ServiceError(ErrorKind.INTERNAL, "internal error; the server's log has the details")
+
+
+def stopping_error() -> ServiceError:
+    return ServiceError(ErrorKind.STOPPING, "the server is shutting down", retry_after=5)
+
+
+_KIND_OF_STATUS = {
+    404: ErrorKind.NOT_FOUND,
+    405: ErrorKind.METHOD_NOT_ALLOWED,
+    413: ErrorKind.TOO_LARGE,
+}
+
+
+def error_of_status(status: int, message: str) -> ServiceError:
+    """The error for a status that the HTTP framework chose by itself."""
+    fallback = ErrorKind.INTERNAL if status >= 500 else ErrorKind.INVALID_REQUEST
+    return ServiceError(_KIND_OF_STATUS.get(status, fallback), message)

@@ -1,0 +1,115 @@
+"""Every metric of the service, in base units (seconds, tokens)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+COUNTS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 64, 128)
+
+
+class Metrics:
+    """The metrics of one server, in a registry of its own.
+
+    Labels are bounded: a route is a path template (or `unmatched`), a base is a configured name,
+    depths and layers are those of the bases. Adapter names are tenants' and never a label.
+    """
+
+    def __init__(self) -> None:
+        # Creation times double the number of series, and nothing here reads them.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self._requests = self._counter("molex_requests", "Requests answered.", "route", "status")
+        self._request_seconds = self._histogram(
+            "molex_request_seconds", "Time of a request by stage.", SECONDS, "route", "stage"
+        )
+        self._first_token = self._histogram(
+            "molex_time_to_first_token_seconds", "From request to first token.", SECONDS, "base"
+        )
+        self._inter_token = self._histogram(
+            "molex_inter_token_seconds", "Between two tokens of a sequence.", SECONDS, "base"
+        )
+        self._queue_depth = self._gauge("molex_queue_depth", "Sequences that wait.", "base")
+        self._running = self._gauge(
+            "molex_running_sequences", "Generations between first and last token.", "base"
+        )
+        self._batch_tokens = self._histogram(
+            "molex_batch_tokens", "Tokens in a forward pass.", TOKENS, "base"
+        )
+        self._batch_adapters = self._histogram(
+            "molex_batch_distinct_adapters", "Adapters in a forward pass.", COUNTS, "base"
+        )
+        self._batch_layers = self._histogram(
+            "molex_batch_distinct_layers", "Routed layers in a forward pass.", COUNTS, "base"
+        )
+        self._adapter_loads = self._counter(
+            "molex_adapter_loads", "Adapter loads by result.", "base", "result"
+        )
+        self._adapters = self._gauge("molex_resident_adapters", "Adapters in memory.", "base")
+        self._routes = self._counter("molex_route", "Layers chosen, by depth.", "base", "depth", "layer")
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, registry=self._registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, text, labels, registry=self._registry, buckets=buckets)
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+    def watch_base(
+        self,
+        base: str,
+        *,
+        waiting: Callable[[], int],
+        running: Callable[[], int],
+        adapters: Callable[[], int],
+    ) -> None:
+        """Read the gauges of a base from these functions whenever they are asked for."""
+        self._queue_depth.labels(base).set_function(waiting)
+        self._running.labels(base).set_function(running)
+        self._adapters.labels(base).set_function(adapters)
+        for result in ("loaded", "refused"):
+            self._adapter_loads.labels(base, result)
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        self._requests.labels(route, str(status)).inc()
+        self.stage(route, "total", seconds)
+
+    def stage(self, route: str, stage: str, seconds: float) -> None:
+        self._request_seconds.labels(route, stage).observe(seconds)
+
+    def first_token(self, base: str, seconds: float) -> None:
+        self._first_token.labels(base).observe(seconds)
+
+    def next_token(self, base: str, seconds: float) -> None:
+        self._inter_token.labels(base).observe(seconds)
+
+    def batch(self, base: str, tokens: int, adapters: int, layers: int) -> None:
+        self._batch_tokens.labels(base).observe(tokens)
+        self._batch_adapters.labels(base).observe(adapters)
+        self._batch_layers.labels(base).observe(layers)
+
+    def adapter_load(self, base: str, result: str) -> None:
+        self._adapter_loads.labels(base, result).inc()
+
+    def routed(self, base: str, depth: int, layer: int) -> None:
+        self._routes.labels(base, str(depth), str(layer)).inc()

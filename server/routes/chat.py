@@ -1,0 +1,77 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from server.deps import EngineDep, generator
+from server.detokenizer import REPLACEMENT
+from server.routes.generation import Choice, Generation, Json
+from server.routes.timing import Stopwatch
+from server.schemas import ChatRequest
+from server.sequence import TokenText, Update
+
+router = APIRouter(tags=["generation"])
+
+
+class ChatShape:
+    """OpenAI's chat completion."""
+
+    id_prefix = "chatcmpl-"
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def choice(self, choice: Choice) -> Json:
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text},
+            "logprobs": _logprobs(choice.tokens),
+            "finish_reason": choice.finish_reason,
+        }
+
+    def opening(self, index: int) -> Json | None:
+        return _delta(index, {"role": "assistant", "content": ""}, [], None)
+
+    def delta(self, update: Update) -> Json:
+        tokens = [] if update.token is None else [update.token]
+        content = {"content": update.text} if update.text else {}
+        return _delta(update.sequence.index, content, tokens, update.finish_reason)
+
+
+@router.post("/v1/chat/completions", response_class=Response)
+async def create_chat_completion(body: ChatRequest, request: Request, engine: EngineDep) -> Response:
+    """Answer a conversation. With `stream` the answer is a stream of server-sent events."""
+    watch = Stopwatch()
+    target = generator(engine, body.model)
+    generation = Generation(body, target, ChatShape(), watch, engine, request)
+    tokenization = target.base.tokenization
+    messages = [{"role": message.role, "content": message.text} for message in body.messages]
+    prompt = await engine.in_pool(tokenization.encode_chat, messages, reserve=body.limit or 1)
+    limit = body.limit or tokenization.max_length - len(prompt.token_ids)
+    return await generation.respond([prompt], body.num_logprobs, limit)
+
+
+def _delta(index: int, delta: dict[str, str], tokens: list[TokenText], finish_reason: str | None) -> Json:
+    return {
+        "index": index,
+        "delta": delta,
+        "logprobs": _logprobs(tokens),
+        "finish_reason": finish_reason,
+    }
+
+
+def _logprobs(tokens: list[TokenText]) -> Json | None:
+    return {"content": [_token(token) for token in tokens]} if tokens else None
+
+
+def _token(token: TokenText) -> Json:
+    top = [_entry(text, logprob) for text, logprob in token.top]
+    return _entry(token.text, token.logprob) | {"top_logprobs": top}
+
+
+def _entry(text: str, logprob: float | None) -> dict[str, Any]:
+    # Part of a character has no text of its own, and its bytes are not known here: null, as OpenAI allows.
+    data = None if REPLACEMENT in text else list(text.encode())
+    return {"token": text, "logprob": logprob, "bytes": data}

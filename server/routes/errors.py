@@ -1,0 +1,56 @@
+"""Every failure as an answer in OpenAI's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from server.errors import ErrorKind, ServiceError, error_of_status
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers."""
+    app.add_exception_handler(ServiceError, _on_service_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    app.add_exception_handler(HTTPException, _on_http_error)
+
+
+def answer(error: ServiceError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(error.body(), error.kind.status, headers={**error.headers, **(headers or {})})
+
+
+async def _on_service_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ServiceError)
+    return answer(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    """What the framework refused by itself: unknown paths and methods, bodies that are too large."""
+    assert isinstance(error, HTTPException)
+    message = f"{error.detail}: {request.method} {request.url.path}"
+    return answer(error_of_status(error.status_code, message), error.headers)
+
+
+async def _on_invalid_request(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return answer(_describe(error.errors()[0]))
+
+
+def _describe(problem: Mapping[str, Any]) -> ServiceError:
+    """One validation problem in words. The offending value itself is never repeated."""
+    path = [str(part) for part in problem["loc"][1:]]
+    param = path[0] if path else None
+    if problem["type"] == "json_invalid":
+        message = f"the body is not valid JSON: {problem['ctx']['error']}"
+        return ServiceError(ErrorKind.INVALID_REQUEST, message)
+    if problem["type"] == "extra_forbidden":
+        name = ".".join(path)
+        message = f"unsupported parameter: {name}"
+        return ServiceError(ErrorKind.UNSUPPORTED_PARAMETER, message, param=name)
+    where = ".".join(path) or "body"
+    return ServiceError(ErrorKind.INVALID_REQUEST, f"{where}: {problem['msg']}", param=param)

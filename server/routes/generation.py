@@ -1,0 +1,215 @@
+"""What completions and chat completions share: running sequences, collecting or streaming their text."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from molex.routing import flat_route
+from molex.sampling import SamplingParams
+from server.deps import Target, unless_disconnected
+from server.engine import Engine, Submission
+from server.errors import ServiceError
+from server.routes.timing import Stopwatch
+from server.schemas import GenerationRequest
+from server.sequence import Sequence, Timings, TokenText, Update
+from server.tokenization import Prompt
+
+log = logging.getLogger(__name__)
+Json = dict[str, Any]
+
+
+@dataclass
+class Choice:
+    """The generated text of one prompt."""
+
+    index: int
+    text: str = ""
+    tokens: list[TokenText] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, update: Update) -> None:
+        self.text += update.text
+        self.finish_reason = update.finish_reason
+        if update.token is not None:
+            self.tokens.append(update.token)
+
+
+class Shape(Protocol):
+    """How an endpoint spells what was generated."""
+
+    id_prefix: str
+    object: str
+    chunk_object: str
+
+    def choice(self, choice: Choice) -> Json:
+        """A complete choice."""
+
+    def opening(self, index: int) -> Json | None:
+        """The first chunk of a choice, if the endpoint has one that says nothing yet."""
+
+    def delta(self, update: Update) -> Json:
+        """The choice in a chunk of a stream."""
+
+
+@dataclass
+class Generation:
+    """One request for text on its way to an answer."""
+
+    body: GenerationRequest
+    target: Target
+    shape: Shape
+    watch: Stopwatch
+    engine: Engine
+    request: Request
+    sequences: list[Sequence] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.id = self.shape.id_prefix + self.request.state.request_id
+        self.created = int(time.time())
+
+    async def respond(self, prompts: Seq[Prompt], logprobs: int | None, limit: int) -> Response:
+        """Generate at most `limit` tokens after each prompt."""
+        self.watch.tokenization_done()
+        self.sequences = [
+            Sequence(
+                base=self.target.base.name,
+                adapter=self.target.adapter,
+                token_ids=prompt.token_ids,
+                sampling=sampling_params(self.body, limit, logprobs),
+                index=index,
+                timings=Timings(self.watch.created),
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        submission = self.engine.submit(self.sequences)
+        return await (self._stream(submission) if self.body.stream else self._answer(submission))
+
+    async def _answer(self, submission: Submission) -> Response:
+        try:
+            updates = await unless_disconnected(self.request, submission.finished())
+        finally:
+            submission.cancel()
+        choices = [Choice(sequence.index) for sequence in self.sequences]
+        for update in updates:
+            choices[update.sequence.index].add(update)
+        spelled = [
+            self.shape.choice(choice) | self._routes(sequence)
+            for choice, sequence in zip(choices, self.sequences, strict=True)
+        ]
+        content = self._envelope(self.shape.object, spelled) | {"usage": self._usage()}
+        headers = self.watch.record(self.request, self.engine, self.sequences)
+        return JSONResponse(content, headers=self.target.headers | headers)
+
+    async def _stream(self, submission: Submission) -> Response:
+        """Answer once the first token is there: a request that fails before gets its proper status."""
+        updates = submission.updates()
+        try:
+            first = await unless_disconnected(self.request, _next(updates))
+        except BaseException:
+            submission.cancel()
+            raise
+        return EventStream(
+            self._events(first, updates), on_close=submission.cancel, headers=self.target.headers
+        )
+
+    async def _events(self, first: Update, updates: AsyncIterator[Update]) -> AsyncIterator[str]:
+        for sequence in self.sequences:
+            if opening := self.shape.opening(sequence.index):
+                yield self._chunk([opening])
+        try:
+            if event := self._event(first):
+                yield event
+            async for update in updates:
+                if event := self._event(update):
+                    yield event
+            if self.body.include_usage:
+                yield self._chunk([], usage=self._usage())
+        except ServiceError as error:
+            yield _sse(error.body())
+        self.watch.record(self.request, self.engine, self.sequences)
+        yield "data: [DONE]\n\n"
+
+    def _event(self, update: Update) -> str | None:
+        """The chunk for an update; None where there is nothing to tell yet."""
+        if not (update.text or update.token or update.last):
+            return None
+        routes = self._routes(update.sequence) if update.last else {}
+        return self._chunk([self.shape.delta(update) | routes])
+
+    def _chunk(self, choices: list[Json], usage: Json | None = None) -> str:
+        content = self._envelope(self.shape.chunk_object, choices)
+        if self.body.include_usage:
+            content["usage"] = usage
+        return _sse(content)
+
+    def _envelope(self, kind: str, choices: list[Json]) -> Json:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.target.name,
+            "choices": choices,
+            "adapter_digest": self.target.digest,
+        }
+
+    def _routes(self, sequence: Sequence) -> Json:
+        return {"routes": flat_route(sequence.route or ())} if self.body.return_routes else {}
+
+    def _usage(self) -> Json:
+        prompt = sum(len(sequence.token_ids) for sequence in self.sequences)
+        completion = sum(len(sequence.output_ids) for sequence in self.sequences)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
+
+
+def sampling_params(body: GenerationRequest, limit: int, logprobs: int | None) -> SamplingParams:
+    """OpenAI reads an explicit null as the default."""
+    return SamplingParams(
+        max_tokens=limit,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=body.top_k or 0,
+        seed=body.seed,
+        stop=body.stop_strings,
+        ignore_eos=body.ignore_eos,
+        logprobs=logprobs,
+    )
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. `on_close` is called when the stream ends in whatever way."""
+
+    def __init__(
+        self, events: AsyncIterator[str], *, on_close: Callable[[], None], headers: dict[str, str]
+    ) -> None:
+        # Without this a proxy in front may hold tokens back.
+        headers = headers | {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._on_close = on_close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_close()
+
+
+async def _next(updates: AsyncIterator[Update]) -> Update:
+    return await anext(updates)
+
+
+def _sse(content: Json) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -1,0 +1,67 @@
+"""Around every request: its id, its log line, its metrics, and the answer when our code fails."""
+
+from __future__ import annotations
+
+import logging
+from time import perf_counter
+from uuid import uuid4
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import internal_error
+from server.metrics import Metrics
+from server.routes.errors import answer
+from server.routes.timing import route_template
+
+log = logging.getLogger("server.access")
+
+
+class Observer:
+    """Counts, times and logs requests; turns an unexpected exception into a plain 500."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begin = perf_counter()
+        request_id = uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+
+        async def observed_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"].append((b"x-request-id", request_id.encode()))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observed_send)
+        except Exception:
+            log.exception("request %s failed", request_id)
+            if status:
+                raise
+            await answer(internal_error())(scope, receive, observed_send)
+        finally:
+            self._report(scope, request_id, status or 499, perf_counter() - begin)
+
+    def _report(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+        self._metrics.request(route_template(scope), status, seconds)
+        log.info(
+            "%s %r %d in %.1f ms",
+            scope["method"],
+            scope["path"],
+            status,
+            1000 * seconds,
+            extra={
+                "request_id": request_id,
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "milliseconds": round(1000 * seconds, 1),
+            },
+        )

@@ -1,0 +1,75 @@
+"""`GET /v1/models`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+
+from server.adapters import ServedAdapter
+from server.base import Base
+from server.deps import EngineDep, find_target
+
+router = APIRouter(tags=["models"])
+
+
+class ModelCard(BaseModel):
+    """A base, or an adapter with its `parent` base."""
+
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "molex"
+    root: str
+    parent: str | None
+    max_model_len: int
+    kind: str
+    task: str | None
+    digest: str
+
+
+class ModelList(BaseModel):
+    object: str = "list"
+    data: list[ModelCard]
+
+
+@router.get("/v1/models")
+async def list_models(engine: EngineDep) -> ModelList:
+    """The bases and the adapters; each name can be a request's `model`."""
+    cards = [base_card(base) for base in engine.bases.values()]
+    cards += [adapter_card(served, engine.bases[served.base]) for served in engine.adapters.all()]
+    return ModelList(data=cards)
+
+
+@router.get("/v1/models/{model}")
+async def get_model(model: str, engine: EngineDep) -> ModelCard:
+    """One base or adapter."""
+    target = find_target(engine, model)
+    if model in engine.bases:
+        return base_card(target.base)
+    return adapter_card(engine.adapters.get(model), target.base)
+
+
+def base_card(base: Base) -> ModelCard:
+    return ModelCard(
+        id=base.name,
+        created=base.created,
+        root=base.name,
+        parent=None,
+        max_model_len=base.tokenization.max_length,
+        kind="base",
+        task="CAUSAL_LM" if base.model.spec.generates else None,
+        digest=base.model.spec.digest,
+    )
+
+
+def adapter_card(served: ServedAdapter, base: Base) -> ModelCard:
+    return ModelCard(
+        id=served.name,
+        created=served.created,
+        root=served.source,
+        parent=base.name,
+        max_model_len=base.tokenization.max_length,
+        kind=served.adapter.kind,
+        task=served.adapter.task_type,
+        digest=served.adapter.digest,
+    )

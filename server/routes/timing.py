@@ -1,0 +1,53 @@
+"""Where the time of a request went: to the metrics and into the headers of its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from fastapi import Request
+
+from server.engine import Engine
+from server.sequence import Sequence
+
+UNMATCHED = "unmatched"
+
+
+def route_template(scope: object) -> str:
+    """The path template of the matched route, a bounded label; never the raw URL."""
+    route = scope.get("route") if isinstance(scope, dict) else None
+    return str(getattr(route, "path", UNMATCHED))
+
+
+@dataclass
+class Stopwatch:
+    """Measures the stages of one request, in seconds."""
+
+    created: float = field(default_factory=perf_counter)
+    tokenized: float = 0.0
+
+    def tokenization_done(self) -> None:
+        self.tokenized = perf_counter()
+
+    def stages(self, sequences: Seq[Sequence]) -> dict[str, float]:
+        """Tokenizing is done once a request; queue and forward are those of its slowest sequence."""
+        return {
+            "tokenize": self.tokenized - self.created,
+            "queue": max(sequence.timings.queue for sequence in sequences),
+            "forward": max(sequence.timings.forward for sequence in sequences),
+        }
+
+    def record(self, request: Request, engine: Engine, sequences: Seq[Sequence]) -> dict[str, str]:
+        """Report the stages to the metrics; returns headers in milliseconds, named as TEI's."""
+        stages = self.stages(sequences)
+        route = route_template(request.scope)
+        for stage, seconds in stages.items():
+            engine.metrics.stage(route, stage, seconds)
+        named = {
+            "x-total-time": perf_counter() - self.created,
+            "x-tokenization-time": stages["tokenize"],
+            "x-queue-time": stages["queue"],
+            "x-inference-time": stages["forward"],
+        }
+        return {name: f"{1000 * seconds:.3f}" for name, seconds in named.items()}

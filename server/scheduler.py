@@ -1,0 +1,151 @@
+"""Which sequences run in the next step. Plain Python: no tensors, no HTTP, no locks."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from server.errors import ErrorKind, ServiceError
+
+
+class Schedulable(Protocol):
+    """What the scheduler needs to know of a sequence."""
+
+    @property
+    def base(self) -> str: ...
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens that its next step feeds to the model: the whole prompt first, then one at a time."""
+
+    @property
+    def needs_slot(self) -> bool:
+        """Whether it keeps a generation slot between steps."""
+
+    @property
+    def cancelled(self) -> bool: ...
+    @property
+    def finished(self) -> bool: ...
+
+
+S = TypeVar("S", bound=Schedulable)
+
+
+@dataclass(frozen=True)
+class Batch(Generic[S]):
+    """Sequences of one base that run together in one step."""
+
+    base: str
+    sequences: tuple[S, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(sequence.num_new_tokens for sequence in self.sequences)
+
+
+class BaseQueue(Generic[S]):
+    """The waiting and the running sequences of one base, oldest first."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[S] = deque()
+        self.running: list[S] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def take_prompts(self, budget: int, free_slots: int) -> list[S]:
+        """Remove and return the waiting prompts that fit, oldest first.
+
+        The oldest is always taken, so that a prompt longer than the budget runs too, as the only prompt
+        of its step. Prompts that wait for a generation slot do not hold up those that need none.
+        """
+        taken: list[S] = []
+        passed: list[S] = []
+        while self.waiting:
+            sequence = self.waiting[0]
+            if sequence.needs_slot and free_slots == 0:
+                passed.append(self.waiting.popleft())
+                continue
+            if taken and sequence.num_new_tokens > budget:
+                break
+            taken.append(self.waiting.popleft())
+            budget -= sequence.num_new_tokens
+            free_slots -= sequence.needs_slot
+        self.waiting.extendleft(reversed(passed))
+        return taken
+
+
+class Scheduler(Generic[S]):
+    """Continuous batching under a token budget, round robin over the bases that have work.
+
+    Every step of a base takes all its decoding sequences, one token each, and fills the rest of
+    the budget with prompts: decoding never stalls, and a prompt waits only for older prompts.
+    """
+
+    def __init__(
+        self, bases: Iterable[str], *, max_batch_tokens: int, max_sequences: int, max_queue: int
+    ) -> None:
+        self._queues: dict[str, BaseQueue[S]] = {base: BaseQueue() for base in bases}
+        self._turns = deque(self._queues)
+        self._max_batch_tokens = max_batch_tokens
+        self._max_sequences = max_sequences
+        self._max_queue = max_queue
+
+    def num_waiting(self, base: str) -> int:
+        return len(self._queues[base].waiting)
+
+    def num_running(self, base: str) -> int:
+        return len(self._queues[base].running)
+
+    def add(self, sequences: Sequence[S]) -> None:
+        """Queue the sequences of one request, all of them or, where the queue is full, none.
+
+        Raises ServiceError (429, to be retried).
+        """
+        queue = self._queues[sequences[0].base]
+        if len(queue.waiting) + len(sequences) > self._max_queue:
+            message = f"the queue of {sequences[0].base} is full ({self._max_queue} sequences)"
+            raise ServiceError(ErrorKind.OVERLOADED, message, retry_after=1)
+        queue.waiting.extend(sequences)
+
+    def drop_cancelled(self) -> list[S]:
+        """Forget cancelled sequences; returns those that were running, whose slots are to be freed."""
+        dropped: list[S] = []
+        for queue in self._queues.values():
+            if any(sequence.cancelled for sequence in queue.waiting):
+                queue.waiting = deque(s for s in queue.waiting if not s.cancelled)
+            dropped += [sequence for sequence in queue.running if sequence.cancelled]
+            queue.running = [sequence for sequence in queue.running if not sequence.cancelled]
+        return dropped
+
+    def drop_all(self) -> list[S]:
+        """Forget everything; returns it."""
+        dropped: list[S] = []
+        for queue in self._queues.values():
+            dropped += [*queue.running, *queue.waiting]
+            queue.running, queue.waiting = [], deque()
+        return dropped
+
+    def schedule(self) -> Batch[S] | None:
+        """The next batch, or None where no base has work."""
+        for _ in range(len(self._turns)):
+            base = self._turns[0]
+            self._turns.rotate(-1)
+            queue = self._queues[base]
+            if queue.has_work:
+                return self._batch(base, queue)
+        return None
+
+    def _batch(self, base: str, queue: BaseQueue[S]) -> Batch[S]:
+        decoding = list(queue.running)
+        budget = self._max_batch_tokens - len(decoding)
+        free_slots = self._max_sequences - len(decoding)
+        queue.running += queue.take_prompts(budget, free_slots)
+        return Batch(base, tuple(queue.running))
+
+    def postprocess(self, batch: Batch[S]) -> None:
+        """Retire the sequences that ended in this step."""
+        queue = self._queues[batch.base]
+        queue.running = [sequence for sequence in queue.running if not sequence.finished]

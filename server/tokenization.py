@@ -1,0 +1,118 @@
+"""Text to tokens and back, for one base. Safe to call from several threads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, GenerationConfig
+
+from server.errors import ErrorKind, ServiceError
+
+TextOrPair = str | list[str]
+"""One text, or two that the tokenizer joins by its own template."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens of one input."""
+
+    token_ids: list[int]
+    token_type_ids: list[int] | None = None
+
+
+class Tokenization:
+    """A base's tokenizer with the limits of its requests.
+
+    `stop_ids` are the tokens that end a generation: the tokenizer's end of sequence and those of the base's
+    generation config.
+    """
+
+    def __init__(self, tokenizer: Any, *, max_length: int, vocab_size: int, stop_ids: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self.max_length = max_length
+        self.stop_ids = stop_ids
+        # A tokenizer file may switch truncation on. The first call switches it off, which must not
+        # happen while another thread uses the tokenizer.
+        tokenizer("a")
+
+    @classmethod
+    def from_pretrained(cls, source: str, *, max_length: int, vocab_size: int) -> Tokenization:
+        """Load the tokenizer of a local folder or hub id."""
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        stop_ids = frozenset(_stop_ids(tokenizer, source))
+        return cls(tokenizer, max_length=max_length, vocab_size=vocab_size, stop_ids=stop_ids)
+
+    def encode(self, inputs: Sequence[TextOrPair], param: str, *, reserve: int = 0) -> list[Prompt]:
+        """Tokenize texts or pairs, leaving room for `reserve` more tokens.
+
+        Raises ServiceError naming the input that is empty or too long.
+        """
+        prompts = [self._encode(text) for text in inputs]
+        for index, prompt in enumerate(prompts):
+            name = param if len(prompts) == 1 else f"{param}.{index}"
+            self.check(prompt.token_ids, name, reserve=reserve)
+        return prompts
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, reserve: int) -> Prompt:
+        """Tokenize a conversation with the tokenizer's chat template.
+
+        Raises ServiceError where there is no template, or where it refuses the conversation.
+        """
+        if not self._tokenizer.chat_template:
+            raise ServiceError(
+                ErrorKind.INVALID_REQUEST,
+                "this base's tokenizer has no chat template; use /v1/completions",
+                param="model",
+            )
+        try:
+            encoding = self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, return_dict=True
+            )
+        except TemplateError as error:
+            message = f"the chat template refuses these messages: {error}"
+            raise ServiceError(ErrorKind.INVALID_REQUEST, message, param="messages") from error
+        prompt = Prompt(list(encoding["input_ids"]))
+        self.check(prompt.token_ids, "messages", reserve=reserve)
+        return prompt
+
+    def check(self, token_ids: Sequence[int], param: str, *, reserve: int = 0) -> None:
+        """Raises ServiceError where tokens are none, out of range or too many."""
+        if not token_ids:
+            raise ServiceError(ErrorKind.INVALID_REQUEST, f"{param} has no tokens", param=param)
+        if not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
+            message = f"{param} has a token id outside 0…{self._vocab_size - 1}"
+            raise ServiceError(ErrorKind.INVALID_REQUEST, message, param=param)
+        if len(token_ids) + reserve > self.max_length:
+            wanted = f" and asks for {reserve} more" if reserve else ""
+            raise ServiceError(
+                ErrorKind.CONTEXT_LENGTH,
+                f"{param} has {len(token_ids)} tokens{wanted}; the limit is {self.max_length}",
+                param=param,
+            )
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of generated tokens, special ones left out."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token, special ones by their name."""
+        return str(self._tokenizer.decode([token_id]))
+
+    def _encode(self, text: TextOrPair) -> Prompt:
+        texts = [text] if isinstance(text, str) else text
+        encoding = self._tokenizer(*texts, verbose=False)
+        type_ids = encoding.get("token_type_ids")
+        return Prompt(list(encoding["input_ids"]), None if type_ids is None else list(type_ids))
+
+
+def _stop_ids(tokenizer: Any, source: str) -> set[int]:
+    """The end-of-sequence tokens of the tokenizer and of the base's generation config, if it has one."""
+    has_config = not Path(source).is_dir() or (Path(source) / "generation_config.json").is_file()
+    configured = GenerationConfig.from_pretrained(source).eos_token_id if has_config else None
+    ids = configured if isinstance(configured, list) else [configured]
+    return {token for token in [tokenizer.eos_token_id, *ids] if token is not None}

@@ -1,0 +1,151 @@
+"""A real server on tiny random bases: an encoder `enc` and a decoder `dec`, with adapters for both."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import httpx
+import pytest
+
+from molex import MolexModel, write_adapter
+from server.cli import Server
+from server.engine import Engine
+from server.settings import Settings
+from tests.tiny import molex_config, random_adapter, relabel, tiny_base
+
+DEPTHS = (0, 2, 4)
+
+
+@dataclass
+class Live:
+    """A running server and what it serves."""
+
+    engine: Engine
+    url: str
+    http: httpx.Client
+
+    def classify(self, **body: Any) -> httpx.Response:
+        return self.http.post("/v1/classify", json=body)
+
+    def complete(self, **body: Any) -> httpx.Response:
+        return self.http.post("/v1/completions", json=body)
+
+    def chat(self, **body: Any) -> httpx.Response:
+        return self.http.post("/v1/chat/completions", json=body)
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics by its name and labels, as they are printed."""
+        lines = self.http.get("/metrics").text.splitlines()
+        samples = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+        return {name: float(value) for name, value in samples}
+
+
+class _Announced(Server):
+    """Tells the test when it listens, and where."""
+
+    listening = Event()
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+    @property
+    def url(self) -> str:
+        return "http://127.0.0.1:%d" % self.servers[0].sockets[0].getsockname()[1]
+
+
+@contextmanager
+def live_server(settings: Settings) -> Iterator[Live]:
+    """Run a server in a thread; stop it, requests and all, in the end."""
+    engine = Engine.load(settings)
+    refused = engine.adapters.load_folder(settings.adapters) if settings.adapters else {}
+    server = _Announced(engine, refused)
+    server.listening = Event()
+    thread = Thread(target=lambda: asyncio.run(server.serve()), name="server")
+    thread.start()
+    assert server.listening.wait(60)
+    try:
+        with httpx.Client(base_url=server.url, timeout=60) as http:
+            yield Live(engine, server.url, http)
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {
+        "enc": tiny_base("roberta", folder / "enc"),
+        "dec": tiny_base("llama", folder / "dec", seed=1),
+    }
+
+
+@pytest.fixture(scope="session")
+def models(bases) -> dict[str, MolexModel]:
+    return {name: MolexModel.from_pretrained(folder) for name, folder in bases.items()}
+
+
+@pytest.fixture(scope="session")
+def make_adapters(models) -> Callable[[Path], Path]:
+    """Writes the standard adapters into a folder."""
+    enc, dec = models["enc"].spec, models["dec"].spec
+    mixture = molex_config(DEPTHS)
+    adapters = {
+        "mood": relabel(random_adapter(enc, seed=1, molex=mixture), ["bad", "fair", "good"]),
+        "topic": random_adapter(enc, seed=2, r=2, num_labels=4),
+        "rank2": random_adapter(enc, seed=3, molex=molex_config(DEPTHS, top_k=2)),
+        "writer": random_adapter(dec, seed=4, task="CAUSAL_LM", molex=mixture),
+        "poet": random_adapter(dec, seed=5, task="CAUSAL_LM", r=2),
+        "judge": random_adapter(dec, seed=6, molex=mixture),
+    }
+
+    def write(folder: Path) -> Path:
+        for name, adapter in adapters.items():
+            write_adapter(adapter, folder / name)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def adapters_folder(make_adapters, tmp_path_factory) -> Path:
+    return make_adapters(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="session")
+def settings(bases, adapters_folder) -> Settings:
+    """float64, in which a sequence's tokens do not depend on the rounding of the batch it runs in."""
+    return Settings(
+        bases={name: str(folder) for name, folder in bases.items()},
+        adapters=adapters_folder,
+        port=0,
+        dtype="float64",
+        max_sequences=4,
+        max_queue=64,
+        max_inputs=32,
+        max_batch_tokens=64,
+        grace_seconds=5,
+        log_level="warning",
+    )
+
+
+@pytest.fixture(scope="module")
+def live(settings) -> Iterator[Live]:
+    """A server that the tests of a module share."""
+    with live_server(settings) as server:
+        yield server
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[Settings], Live]]:
+    """Starts servers that belong to one test."""
+    with ExitStack() as stack:
+        yield lambda settings: stack.enter_context(live_server(settings))
