@@ -1,4 +1,4 @@
-"""molex: transformers finetuned with MoLEx (Mixture of Layer Experts) and LoRA, many adapters in one batch."""
+"""molex: many adapters of MoLEx (Mixture of Layer Experts) and LoRA on one base model, in one batch."""
 
 from molex.adapter import BARE, Adapter
 from molex.adapter_file import read_adapter, write_adapter

@@ -118,7 +118,7 @@ def lora_shapes(config: AdapterConfig, spec: BaseSpec) -> dict[str, Shape]:
 def gate_stems(molex: MolexConfig) -> dict[int, str]:
     """The name that the gate tensors of each mixed depth start with."""
     if molex.gate.scope == "shared":
-        return {depth: "molex.gate" for depth in molex.mixed_depths}
+        return dict.fromkeys(molex.mixed_depths, "molex.gate")
     return {depth: f"molex.gate.{depth}" for depth in molex.mixed_depths}
 
 

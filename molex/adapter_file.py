@@ -138,4 +138,4 @@ def _head_modules(adapter: Adapter) -> list[str]:
 def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content)
-    os.replace(temporary, path)
+    temporary.replace(path)

@@ -23,13 +23,13 @@ NAME = "molex_packed"
 
 @dataclass(frozen=True)
 class KVStreams:
-    """Where the requests of a `Packed` keep keys and values: a stream of `cache` each, or None for no cache."""
+    """Where the requests of a `Packed` keep keys and values: a stream of `cache` each, or None."""
 
     cache: DepthCache
     streams: Sequence[int | None]
 
     def write(self, packed: Packed, keys: Tensor, values: Tensor) -> None:
-        """Append keys and values [n, heads, head_dim] of the packed tokens to the streams of their requests."""
+        """Append keys and values [n, heads, head_dim] of the packed tokens to their requests' streams."""
         kept = [i for i, stream in enumerate(self.streams) if stream is not None]
         if not kept:
             return
@@ -48,11 +48,11 @@ class KVStreams:
 
 
 def packed_attention(
-    module: torch.nn.Module,
+    _module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    _attention_mask: Tensor | None,
     *,
     packed: Packed,
     kv: KVStreams | None = None,
@@ -88,7 +88,7 @@ def _gather(rows: Tensor, group: AttentionGroup) -> Tensor:
     """[n, heads, head_dim] → [b, heads, q, head_dim]."""
     if group.bounds is not None:
         start, stop = group.bounds
-        return rows[start:stop].unflatten(0, group.index.shape).transpose(1, 2)
+        return rows[start:stop].view(*group.index.shape, *rows.shape[1:]).transpose(1, 2)
     return rows[group.index].transpose(1, 2)
 
 
@@ -121,7 +121,7 @@ def _attend(
         return functional.scaled_dot_product_attention(queries, keys, values, mask, scale=scaling)
     if queries.shape[2] == 1:
         # One token: the query heads that share a key head become its queries, so no key is copied.
-        folded = queries.unflatten(1, (keys.shape[1], repeats)).squeeze(3)
+        folded = queries.reshape(len(queries), keys.shape[1], repeats, -1)
         attended = functional.scaled_dot_product_attention(folded, keys, values, mask, scale=scaling)
         return attended.flatten(1, 2)[:, :, None]
     keys, values = keys.repeat_interleave(repeats, dim=1), values.repeat_interleave(repeats, dim=1)

@@ -62,11 +62,11 @@ def _embed_roberta(base: Any, tokens: Tensor, positions: Tensor, types: Tensor |
     return _embed_bert(base, tokens, positions + base.config.pad_token_id + 1, types)
 
 
-def _embed_gpt2(base: Any, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+def _embed_gpt2(base: Any, tokens: Tensor, positions: Tensor, _types: Tensor | None) -> Tensor:
     return base.wte(tokens) + base.wpe(positions)  # type: ignore[no-any-return]
 
 
-def _embed_llama(base: Any, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+def _embed_llama(base: Any, tokens: Tensor, _positions: Tensor, _types: Tensor | None) -> Tensor:
     return base.embed_tokens(tokens)  # type: ignore[no-any-return]
 
 
@@ -139,9 +139,9 @@ class Backbone:
         device: torch.device | str = "cpu",
     ) -> Backbone:
         """Load a local folder or hub id. Raises BaseModelError, naming the base, if it can't be served."""
-        if isinstance(base, Path) or str(base).startswith((".", "/")):
-            if not Path(base).is_dir():
-                raise BaseModelError(f"base model {str(base)!r}: no such folder")
+        is_path = isinstance(base, Path) or base.startswith((".", "/"))
+        if is_path and not Path(base).is_dir():
+            raise BaseModelError(f"base model {str(base)!r}: no such folder")
         try:
             config = AutoConfig.from_pretrained(base)
         except (OSError, ValueError) as error:
@@ -184,14 +184,12 @@ class Backbone:
 
     @property
     def num_kv_heads(self) -> int:
-        return getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+        return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
 
     @property
     def head_dim(self) -> int:
-        return (
-            getattr(self.config, "head_dim", None)
-            or self.config.hidden_size // self.config.num_attention_heads
-        )
+        default = self.config.hidden_size // self.config.num_attention_heads
+        return int(getattr(self.config, "head_dim", None) or default)
 
     def embed(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
         """Token ids, positions and token types [n] → hidden states [1, n, d]."""

@@ -31,7 +31,7 @@ class GateConfig:
     projection_dim: int | None = None
     """Width P of the cosine gate's projection; None for a linear gate."""
     normalize: Axis = "features"
-    """Axis that the cosine gate normalises its projection along. `sequence` is what the official code does."""
+    """Axis that the cosine gate normalises its projection along; `sequence` as in the official code."""
 
 
 @dataclass(frozen=True)
@@ -81,5 +81,5 @@ class AdapterConfig:
 
     @property
     def scaling(self) -> float:
-        """Factor on the low-rank product: lora_alpha / r, or lora_alpha / sqrt(r) for rank-stabilised LoRA."""
+        """Factor on the low-rank product: lora_alpha / r, or / sqrt(r) for rank-stabilised LoRA."""
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)

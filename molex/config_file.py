@@ -29,7 +29,15 @@ MAX_PROJECTION_DIM = 65536
 
 # Fields of PEFT that say nothing about the forward pass, whatever their value.
 INFORMATIVE = frozenset(
-    "auto_mapping peft_version revision inference_mode fan_in_fan_out megatron_core qalora_group_size".split()
+    (
+        "auto_mapping",
+        "fan_in_fan_out",
+        "inference_mode",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+    )
 )
 # Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, LoftQ, …) change them.
 INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -41,8 +49,8 @@ Fields = dict[str, Any]
 def parse_config(text: str | bytes, num_layers: int) -> AdapterConfig:
     """Parse the text of `adapter_config.json` for a base model of `num_layers` layers.
 
-    Raises AdapterError that names the field if one is missing, of the wrong type, out of range or unsupported.
-    A field that this reader does not know must be null, false or empty.
+    Raises AdapterError that names the field if one is missing, of the wrong type, out of range or
+    unsupported. A field that this reader does not know must be null, false or empty.
     """
     fields = _load(text)
     peft_type = _take(fields, "peft_type", _one_of(("LORA", "MOLEX")))

@@ -18,7 +18,7 @@ MAX_LOG_TEMPERATURE = math.log(100.0)
 class Gate(Protocol):
     """A gate over T layers."""
 
-    def logits(self, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+    def logits(self, hidden: Tensor, lengths: Sequence[int], /) -> Tensor:
         """Logits [n, T] for hidden states [n, d] of requests that lie side by side with these lengths."""
         ...
 
@@ -34,7 +34,7 @@ class LinearGate:
         self.weight = weight
         self.bias = bias
 
-    def logits(self, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+    def logits(self, hidden: Tensor, _lengths: Sequence[int], /) -> Tensor:
         return functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -57,10 +57,10 @@ class CosineGate:
         self.temperature = temperature
         self.axis = axis
 
-    def logits(self, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+    def logits(self, hidden: Tensor, lengths: Sequence[int], /) -> Tensor:
         projected = functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
         if self.axis == "sequence":
-            requests = projected.split(list(lengths))
+            requests = torch.split(projected, list(lengths))
             unit = torch.cat([functional.normalize(request, dim=0) for request in requests])
         else:
             unit = functional.normalize(projected, dim=-1)

@@ -17,7 +17,7 @@ STREAMS = 3
 """The own layer and at most two routed ones."""
 
 
-class CacheFull(MolexError):
+class CacheFullError(MolexError):
     """Every slot is taken."""
 
 
@@ -77,7 +77,7 @@ class KVCache:
     def allocate(self) -> int:
         """Take a slot, the lowest free one: low slots side by side are read without copying."""
         if not self._free:
-            raise CacheFull(f"all {self.num_slots} generation slots are taken")
+            raise CacheFullError(f"all {self.num_slots} generation slots are taken")
         slot = min(self._free)
         self._free.remove(slot)
         return slot
@@ -88,5 +88,5 @@ class KVCache:
         self._free.append(slot)
 
     def stream(self, slot: int, choice: int) -> int:
-        """Where a slot keeps its own layer's stream (choice 0) or that of its n-th routed layer (choice n)."""
+        """Where a slot keeps the stream of the own layer (choice 0) or of the n-th routed one."""
         return choice * self.num_slots + slot

@@ -79,13 +79,13 @@ def _segment_products(y: Tensor, x: Tensor, segments: Sequence[Segment]) -> Tens
 
 
 def low_rank_gated(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gates: Tensor) -> Tensor:
-    """All adapters at once. a [R, in], b [R, out] are the factors side by side, gates [n, R] the scalings."""
+    """All adapters at once: a [R, in] and b [R, out] side by side, gates [n, R] their scalings."""
     return torch.addmm(y, (x @ a.T) * gates, b)
 
 
 @dataclass(frozen=True)
 class _Stack:
-    """The factors of all adapters at one site, side by side: a [R, in], b [R, out]; owners and scalings [R]."""
+    """All factors of a site side by side: a [R, in], b [R, out]; owners and scalings [R]."""
 
     a: Tensor
     b: Tensor
@@ -160,7 +160,7 @@ class ActiveLora:
         return operations < calls * OPERATIONS_PER_CALL
 
     def _gate(self, stack: _Stack) -> Tensor:
-        """G [n, R]: the scaling where a rank belongs to the row's adapter, else 0; shared by equal layouts."""
+        """G [n, R]: the scaling where a rank belongs to the row's adapter, else 0; kept by layout."""
         layout = tuple(stack.owners.tolist())
         if layout not in self._gates:
             members = self.packed.spread(torch.tensor(self.packed.members, device=stack.owners.device))

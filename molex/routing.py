@@ -172,12 +172,13 @@ class Router:
             chosen_earlier = [(i, self._pinned_choice(i, depth)) for i in following]
             entries += [(i, layer, n) for i, c in chosen_earlier for n, layer in enumerate(c.layers, start=1)]
             weights = [weight for _, choice in chosen_earlier for weight in choice.weights]
-            shares.append(torch.tensor(weights, device=hidden.device))
+            shares.append(torch.tensor(weights, dtype=torch.float64, device=hidden.device))
         return self._plan(depth, mixing, entries, torch.cat(shares))
 
     def _pinned_choice(self, request: int, depth: int) -> Choice:
         route, molex = self.pinned[request], self.adapters[self.packed.members[request]].molex
-        assert route is not None and molex is not None
+        assert route is not None
+        assert molex is not None
         return route[molex.mixed_depths.index(depth)]
 
     def _electorates_of(self, voting: list[int]) -> list[_Electorate]:
@@ -268,7 +269,8 @@ class Router:
         for i in mixing:
             member = self.packed.members[i]
             pairs, molex = self._pairs[member], self.adapters[member].molex
-            assert pairs is not None and molex is not None
+            assert pairs is not None
+            assert molex is not None
             rows.append(pairs[molex.mixed_depths.index(depth)])
         both = torch.stack(rows)
         return both[:, 0], both[:, 1]

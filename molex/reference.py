@@ -1,0 +1,124 @@
+"""The specification: MoLEx over one request, written the way the equations of `docs/method.md` are.
+
+Slow on purpose. It shares the gates, the heads and the stock blocks of transformers with the engine, and
+nothing else: attention is the eager one, low-rank updates are added into the weights, votes are counted in
+Python, and there is neither a batch nor a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from molex.adapter import BARE, Adapter
+from molex.backbone import FAMILIES
+from molex.config import MolexConfig
+from molex.routing import Choice, Route
+
+
+class Reference:
+    """A stock base model that runs one request of one adapter at a time."""
+
+    def __init__(self, base: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        config = AutoConfig.from_pretrained(base)
+        self.family = FAMILIES[config.model_type]
+        loader: Any = AutoModelForCausalLM if self.family.causal else AutoModel
+        model = loader.from_pretrained(base, dtype=dtype, attn_implementation="eager").eval()
+        self.base = model.base_model
+        self.lm_head = getattr(model, "lm_head", None)
+        self.layers = list(attrgetter(self.family.layers)(self.base))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        token_ids: Sequence[int],
+        adapter: Adapter = BARE,
+        voters: int | None = None,
+        route: Route | None = None,
+        token_type_ids: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Route]:
+        """Logits as in `molex.model.RunOutput` (all tokens of a causal language model), and the route.
+
+        The first `voters` tokens vote (None: all), unless a route is given.
+        """
+        tokens = torch.tensor([token_ids])
+        positions = torch.arange(len(token_ids))[None]
+        types = None if token_type_ids is None else torch.tensor([token_type_ids])
+        z = self.family.embed(self.base, tokens, positions, types)
+        options = self._layer_options(z, positions)
+        choices: list[Choice] = []
+        for depth in range(len(self.layers)):
+            own = self._run_layer(depth, z, adapter, options)
+            if depth not in adapter.gates:
+                z = own
+                continue
+            molex, n = adapter.molex, len(choices)
+            assert molex is not None
+            choice = self._vote(adapter, depth, z[0, :voters]) if route is None else route[n]
+            w_own, w_routed = adapter.mixing_pairs()[n].to(z.dtype)
+            routed = torch.zeros_like(own)
+            for layer, weight in zip(choice.layers, choice.weights, strict=True):
+                routed += weight * self._run_layer(layer, z, adapter, options)
+            z = w_own * own + w_routed * routed
+            choices.append(choice)
+        return self._logits(z[0], adapter), tuple(choices)
+
+    def _layer_options(self, z: Tensor, positions: Tensor) -> dict[str, Any]:
+        """A causal mask (0 and -inf, added to the scores) and rotations, where the family has them."""
+        length = z.shape[1]
+        options: dict[str, Any] = {"attention_mask": None}
+        if self.family.causal:
+            mask = torch.full((length, length), float("-inf"), dtype=z.dtype).triu(1)
+            window = getattr(self.base.config, "sliding_window", None)
+            if window is not None and getattr(self.base.config, "use_sliding_window", True):
+                mask += torch.full((length, length), float("-inf"), dtype=z.dtype).tril(-window)
+            options["attention_mask"] = mask[None, None]
+        if self.family.rotary:
+            options["position_embeddings"] = self.base.rotary_emb(z, positions)
+        return options
+
+    def _run_layer(self, layer: int, z: Tensor, adapter: Adapter, options: dict[str, Any]) -> Tensor:
+        """L(z) with W + s·B·A in place of each adapted weight W."""
+        block = self.layers[layer]
+        merged: dict[str, Tensor] = {}
+        for (at, module), update in adapter.lora.updates.items():
+            if at == layer:
+                linear = block.get_submodule(module)
+                change = update.scaling * (update.b @ update.a)
+                merged[f"{module}.weight"] = linear.weight + (
+                    change.T if isinstance(linear, Conv1D) else change
+                )
+        return functional_call(block, merged, (z,), options)  # type: ignore[no-any-return]
+
+    def _vote(self, adapter: Adapter, depth: int, voting: Tensor) -> Choice:
+        molex = adapter.molex
+        assert molex is not None
+        logits = adapter.gates[depth].logits(voting, [len(voting)])
+        probabilities = logits.softmax(dim=-1).mean(dim=0).tolist()
+        scores = _scores(logits, molex, probabilities)
+        layers = sorted(range(len(scores)), key=lambda layer: (-scores[layer], layer))[: molex.top_k]
+        total = sum(probabilities[layer] for layer in layers)
+        return Choice(tuple(layers), tuple(probabilities[layer] / total for layer in layers))
+
+    def _logits(self, hidden: Tensor, adapter: Adapter) -> Tensor:
+        if self.family.norm is not None:
+            hidden = getattr(self.base, self.family.norm)(hidden)
+        if adapter.head is not None:
+            pooled = hidden[:1] if adapter.head.pools_first_token else hidden[-1:]
+            return adapter.head.logits(pooled, lambda rows: self.base.pooler(rows[:, None]))[0]
+        return hidden if self.lm_head is None else self.lm_head(hidden)
+
+
+def _scores(logits: Tensor, molex: MolexConfig, probabilities: list[float]) -> list[float]:
+    if molex.vote.rule == "mode":
+        winners = logits.argmax(dim=-1).tolist()
+        return [float(winners.count(layer)) for layer in range(logits.shape[1])]
+    return probabilities if molex.vote.score == "softmax" else logits.sigmoid().mean(dim=0).tolist()

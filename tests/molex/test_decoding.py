@@ -1,0 +1,86 @@
+"""Token by token with a cache equals the full forward with the pinned routes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from molex import BARE, MolexModel, Row
+from molex.errors import MolexError
+from molex.reference import Reference
+from tests.tiny import DECODERS, molex_config, random_adapter, random_ids, tiny_base
+
+TOLERANCE = 1e-4  # float32, as in tests/test_isolation.py
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def base(request, tmp_path_factory):
+    return tiny_base(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def adapters(model):
+    mixtures = [None, molex_config(), molex_config([0, 3], vote={"rule": "mean"}, top_k=2)]
+    kinds = [
+        random_adapter(model.spec, seed=n, task="CAUSAL_LM", r=2 + n, molex=molex)
+        for n, molex in enumerate(mixtures)
+    ]
+    return [BARE, *kinds, random_adapter(model.spec, seed=9, molex=molex_config())]
+
+
+@torch.no_grad()
+def test_decoding_equals_the_full_forward(base):
+    model, reference = MolexModel.from_pretrained(base), Reference(base)
+    cache = model.new_cache(num_slots=6, max_length=40)
+    *generating, classifier = adapters(model)
+    texts = [random_ids(30, seed=n) for n in range(len(generating))]
+    prompts = [3, 11, 1, 7]
+    slots = [cache.allocate() for _ in generating]
+    # Prompts enter one after the other while those before them decode; a classification rides along.
+    done: list[int] = []
+    routes: dict[int, object] = {}
+    for entering in range(len(generating) + 9):
+        rows = [
+            Row([texts[i][n]], generating[i], slot=slots[i], start=n, route=routes[i])
+            for i, n in enumerate(done)
+        ]
+        if entering < len(generating):
+            i = entering
+            rows.append(Row(texts[i][: prompts[i]], generating[i], slot=slots[i]))
+            done.append(prompts[i] - 1)
+        output = model.run([*rows, Row(random_ids(5, seed=1), classifier)], cache)
+        for i in range(len(done)):
+            routes[i] = output.routes[i]
+            done[i] += 1
+            expected, route = reference(texts[i][: done[i]], generating[i], voters=prompts[i])
+            assert [c.layers for c in route] == [c.layers for c in output.routes[i]]
+            torch.testing.assert_close(output.logits[i], expected[-1], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_a_reused_slot_forgets_its_former_request(base):
+    model = MolexModel.from_pretrained(base)
+    cache = model.new_cache(num_slots=1, max_length=40)
+    adapter = adapters(model)[2]
+    ids = random_ids(6, seed=3)
+    for former in (None, random_ids(30, seed=4)):
+        slot = cache.allocate()
+        if former:
+            model.run([Row(former, adapter, slot=slot)], cache)
+            cache.free(slot)
+            slot = cache.allocate()
+        first = model.run([Row(ids[:-1], adapter, slot=slot)], cache)
+        second = model.run([Row(ids[-1:], adapter, slot=slot, start=5, route=first.routes[0])], cache)
+        cache.free(slot)
+        whole = model.run([Row(ids, adapter, voters=5)])
+        torch.testing.assert_close(second.logits[0], whole.logits[0], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_slots_are_taken_and_given_back(base):
+    cache = MolexModel.from_pretrained(base).new_cache(num_slots=2, max_length=8)
+    assert [cache.allocate(), cache.allocate()] == [0, 1]
+    with pytest.raises(MolexError, match="all 2 generation slots"):
+        cache.allocate()
+    cache.free(0)
+    with pytest.raises(MolexError, match="slot 0 is not allocated"):
+        cache.free(0)
+    assert cache.num_free == 1
