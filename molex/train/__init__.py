@@ -1,0 +1,1 @@
+"""Training and evaluation of adapters, over the same forward pass that serves them."""

@@ -1,0 +1,71 @@
+"""Evaluation of an adapter on a data file."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from molex.adapter import Adapter, assemble
+from molex.generate import generate
+from molex.model import MolexModel
+from molex.sampling import SamplingParams
+from molex.train.batches import token_batches
+from molex.train.data import Dataset, PromptText
+from molex.train.encoding import Item, encode_prompt
+from molex.train.loss import make_rows, token_loss
+from molex.train.metrics import Metrics, classification_metrics, generation_metrics, perplexity
+
+# Large enough to fill the linear layers, small enough for [tokens, vocab] logits in memory.
+MAX_BATCH_TOKENS = 1024
+
+
+def served(adapter: Adapter, model: MolexModel) -> Adapter:
+    """An adapter in training as the model will serve it: its low-rank factors in the base's dtype."""
+    tensors = {
+        name: tensor.detach().to(model.dtype) if ".lora_" in name else tensor.detach()
+        for name, tensor in adapter.tensors.items()
+    }
+    return assemble(adapter.config, model.spec, tensors)
+
+
+@torch.inference_mode()
+def evaluate_items(model: MolexModel, adapter: Adapter, items: Sequence[Item]) -> Metrics:
+    """The metrics that one forward over the items gives.
+
+    SEQ_CLS: mean loss and the classification metrics. CAUSAL_LM: mean loss per completion token and
+    perplexity, over every completion or reference.
+    """
+    adapter = served(adapter, model)
+    predicted = [0] * len(items)
+    total, count = 0.0, 0
+    for batch in token_batches([len(item.token_ids) for item in items], MAX_BATCH_TOKENS):
+        chosen = [items[index] for index in batch]
+        output = model.run(make_rows(adapter, chosen), lm_logits="all")
+        losses = token_loss(output.logits, chosen)
+        total += float(losses.double().sum())
+        count += len(losses)
+        if adapter.task_type == "SEQ_CLS":
+            for index, logits in zip(batch, output.logits, strict=True):
+                predicted[index] = int(logits.argmax())
+    metrics: Metrics = {"loss": total / count}
+    if adapter.task_type == "CAUSAL_LM":
+        return metrics | {"perplexity": perplexity(total, count)}
+    labels = [item.label for item in items if item.label is not None]
+    return metrics | classification_metrics(predicted, labels)
+
+
+def evaluate_generation(
+    model: MolexModel,
+    adapter: Adapter,
+    tokenizer: Any,
+    dataset: Dataset[PromptText],
+    max_tokens: int,
+) -> Metrics:
+    """BLEU and chrF of greedy continuations against the references of each prompt."""
+    adapter = served(adapter, model)
+    prompts = [encode_prompt(tokenizer, example.prompt) for example in dataset.examples]
+    params = SamplingParams(max_tokens=max_tokens, temperature=0)
+    stop_ids = {tokenizer.eos_token_id}
+    generated = generate(model, prompts, adapter, params, stop_ids=stop_ids)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in generated]
+    return generation_metrics(texts, [example.completions for example in dataset.examples])
