@@ -13,6 +13,9 @@ from molex.errors import InputError
 FIRST_CANDIDATES = 256
 """Nucleus sampling looks at this many best tokens before it sorts the whole vocabulary."""
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this leave the best token alone with all probability, and logits would overflow."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -66,11 +69,10 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
     Log-probabilities are those of the model, before temperature, top-k and top-p.
     """
     logits = logits.float()
-    if params.temperature == 0:
+    if params.temperature < GREEDY_BELOW:
         token_id = int(logits.argmax())
     else:
-        # Differences to the best token stay finite however small the temperature is.
-        token_id = _draw((logits - logits.max()) / params.temperature, params, generator)
+        token_id = _draw(logits / params.temperature, params, generator)
     if params.logprobs is None:
         return SampledToken(token_id)
     logprobs = logits.log_softmax(-1)

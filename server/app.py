@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from server.engine import Engine
 from server.routes import adapters, chat, classify, completions, errors, health, models
-from server.routes.middleware import Observer
+from server.routes.middleware import BodyLimit, Observer
 
 
 def create_app(engine: Engine) -> FastAPI:
@@ -27,12 +27,12 @@ def create_app(engine: Engine) -> FastAPI:
         version=version("molex-serve"),
         description="Classification and generation with many MoLEx and LoRA adapters on one base.",
         lifespan=lifespan,
-        max_body_size=engine.settings.max_body_bytes,
         redoc_url=None,
     )
     app.state.engine = engine
     for module in (classify, completions, chat, models, adapters, health):
         app.include_router(module.router)
     errors.install(app)
+    app.add_middleware(BodyLimit, max_bytes=engine.settings.max_body_bytes)
     app.add_middleware(Observer, metrics=engine.metrics)
     return app

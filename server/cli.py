@@ -7,6 +7,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, NoneType
 from typing import Annotated, Any, get_args
@@ -78,7 +79,9 @@ def run_server(settings: Settings) -> None:
     engine = Engine.load(settings)
     refused = engine.adapters.load_folder(settings.adapters) if settings.adapters else {}
     server = Server(engine, refused)
-    asyncio.run(server.serve())
+    # uvicorn has shut down in order by then and only passes Ctrl-C on.
+    with suppress(KeyboardInterrupt):
+        asyncio.run(server.serve())
     if not server.started:
         raise SystemExit(1)
 

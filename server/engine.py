@@ -182,9 +182,10 @@ class Engine:
             return runner.fail(batch.sequences)
 
     def _postprocess(self, batch: Batch[Sequence], output: StepOutput) -> None:
+        # A sequence stays the scheduler's until its update is on the way: `_abandon` answers it otherwise.
+        self._record(batch.base, output)
         with self._wake:
             self._scheduler.postprocess(batch)
-        self._record(batch.base, output)
         self._deliver(output.updates)
 
     def _record(self, base: str, output: StepOutput) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -38,12 +39,27 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_invalid_request(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return answer(_describe(error.errors()[0]))
+    return answer(_describe(_best(error.errors())))
+
+
+def _best(problems: Seq[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The most telling problem of the first field that has one.
+
+    A field of several types has a problem for each: the one inside the type that was meant says most.
+    """
+    of_field = [problem for problem in problems if problem["loc"][:2] == problems[0]["loc"][:2]]
+    return max(of_field, key=lambda p: (not p["type"].endswith("_type"), len(p["loc"])))
+
+
+def _path(location: Seq[str | int]) -> list[str]:
+    """Field names and indices; pydantic's names of the types that it tried are left out."""
+    names = [str(part) for part in location[1:] if isinstance(part, int) or part.isidentifier()]
+    return [name for name in names if name not in ("str", "int", "float", "bool")]
 
 
 def _describe(problem: Mapping[str, Any]) -> ServiceError:
     """One validation problem in words. The offending value itself is never repeated."""
-    path = [str(part) for part in problem["loc"][1:]]
+    path = _path(problem["loc"])
     param = path[0] if path else None
     if problem["type"] == "json_invalid":
         message = f"the body is not valid JSON: {problem['ctx']['error']}"
@@ -53,4 +69,6 @@ def _describe(problem: Mapping[str, Any]) -> ServiceError:
         message = f"unsupported parameter: {name}"
         return ServiceError(ErrorKind.UNSUPPORTED_PARAMETER, message, param=name)
     where = ".".join(path) or "body"
-    return ServiceError(ErrorKind.INVALID_REQUEST, f"{where}: {problem['msg']}", param=param)
+    return ServiceError(
+        ErrorKind.INVALID_REQUEST, f"{where}: {problem['msg'].removeprefix('Value error, ')}", param=param
+    )

@@ -6,9 +6,11 @@ import logging
 from time import perf_counter
 from uuid import uuid4
 
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import internal_error
+from server.errors import ErrorKind, ServiceError, internal_error
 from server.metrics import Metrics
 from server.routes.errors import answer
 from server.routes.timing import route_template
@@ -65,3 +67,32 @@ class Observer:
                 "milliseconds": round(1000 * seconds, 1),
             },
         )
+
+
+class BodyLimit:
+    """Refuses bodies of more than `max_bytes`: by their header, or else while they are read."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._message = f"the body has more than {max_bytes} bytes"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # The HTTP parser has refused a header that is no number.
+        if int(Headers(scope=scope).get("content-length", "0")) > self._max_bytes:
+            await answer(ServiceError(ErrorKind.TOO_LARGE, self._message))(scope, receive, send)
+            return
+        size = 0
+
+        async def counted_receive() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._max_bytes:
+                raise HTTPException(ErrorKind.TOO_LARGE.status, self._message)
+            return message
+
+        await self._app(scope, counted_receive, send)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import pytest
 from molex import MolexModel, write_adapter
 from server.cli import Server
 from server.engine import Engine
+from server.runner import StepOutput
+from server.sequence import Sequence
 from server.settings import Settings
 from tests.tiny import molex_config, random_adapter, relabel, tiny_base
 
@@ -30,14 +33,19 @@ class Live:
     url: str
     http: httpx.Client
 
+    def post(self, path: str, body: Any) -> httpx.Response:
+        """Unlike httpx itself, this can send half a surrogate pair."""
+        headers = {"content-type": "application/json"}
+        return self.http.post(path, content=json.dumps(body), headers=headers)
+
     def classify(self, **body: Any) -> httpx.Response:
-        return self.http.post("/v1/classify", json=body)
+        return self.post("/v1/classify", body)
 
     def complete(self, **body: Any) -> httpx.Response:
-        return self.http.post("/v1/completions", json=body)
+        return self.post("/v1/completions", body)
 
     def chat(self, **body: Any) -> httpx.Response:
-        return self.http.post("/v1/chat/completions", json=body)
+        return self.post("/v1/chat/completions", body)
 
     def metrics(self) -> dict[str, float]:
         """Every sample of /metrics by its name and labels, as they are printed."""
@@ -57,7 +65,8 @@ class _Announced(Server):
 
     @property
     def url(self) -> str:
-        return "http://127.0.0.1:%d" % self.servers[0].sockets[0].getsockname()[1]
+        host, port = self.servers[0].sockets[0].getsockname()
+        return f"http://{host}:{port}"
 
 
 @contextmanager
@@ -149,3 +158,50 @@ def start() -> Iterator[Callable[[Settings], Live]]:
     """Starts servers that belong to one test."""
     with ExitStack() as stack:
         yield lambda settings: stack.enter_context(live_server(settings))
+
+
+class Brake:
+    """Holds a base's runner at the beginning of every step until it is released."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, live: Live, base: str) -> None:
+        runner = live.engine.bases[base].runner
+        self.batches: list[tuple[Sequence, ...]] = []
+        self.failing = False
+        self._live = live
+        self._run = runner.run
+        self._go = Event()
+        monkeypatch.setattr(runner, "run", self._held)
+
+    def _held(self, sequences: tuple[Sequence, ...]) -> StepOutput:
+        self.batches.append(tuple(sequences))
+        assert self._go.wait(60)
+        if self.failing:
+            self.failing = False
+            raise RuntimeError("a test breaks this step")
+        return self._run(sequences)
+
+    def release(self) -> None:
+        """Let every step from now on run."""
+        self._go.set()
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for what another thread is about to do; each look takes one round trip to the server."""
+        for _ in range(20_000):
+            if condition():
+                return
+            self._live.http.get("/livez")
+        raise AssertionError("it never happened")
+
+
+@pytest.fixture
+def brake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Brake]]:
+    """Makes brakes; all are released in the end."""
+    made: list[Brake] = []
+
+    def make(live: Live, base: str) -> Brake:
+        made.append(Brake(monkeypatch, live, base))
+        return made[-1]
+
+    yield make
+    for item in made:
+        item.release()

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from molex.errors import InputError
+from molex.sampling import FIRST_CANDIDATES, SamplingParams, new_generator, sample
+
+LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0])
+
+
+def params(**changes) -> SamplingParams:
+    return SamplingParams(max_tokens=1, **changes)
+
+
+def draws(count: int, logits=LOGITS, *, seed=0, **changes) -> list[int]:
+    generator = new_generator(seed)
+    return [sample(logits, params(**changes), generator).token_id for _ in range(count)]
+
+
+def test_temperature_zero_takes_the_most_likely_token():
+    assert set(draws(20, temperature=0.0)) == {1}
+
+
+def test_a_seed_makes_draws_reproducible_and_none_does_not():
+    wide = torch.zeros(1000)
+    assert draws(20, wide, seed=7) == draws(20, wide, seed=7)
+    assert draws(20, wide, seed=7) != draws(20, wide, seed=8)
+    assert draws(20, wide, seed=None) != draws(20, wide, seed=None)
+
+
+def test_draws_follow_the_softmax():
+    count = 20_000
+    frequencies = torch.bincount(torch.tensor(draws(count)), minlength=4) / count
+    # Four standard deviations of a frequency are at most 4 · sqrt(0.25 / 20000) = 0.015.
+    assert torch.allclose(frequencies, LOGITS.softmax(-1), atol=0.015)
+
+
+def test_top_k_keeps_the_best_tokens():
+    assert set(draws(200, top_k=2)) == {1, 2}
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it():
+    probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    assert set(draws(300, probs.log(), top_p=0.49)) == {0}
+    assert set(draws(300, probs.log(), top_p=0.51)) == {0, 1}
+    assert set(draws(300, probs.log(), top_p=0.9)) == {0, 1, 2}
+
+
+def test_top_p_counts_within_what_top_k_left():
+    # Of the best two, 0.4 and 0.3, the first has 0.57.
+    probs = torch.tensor([0.4, 0.3, 0.3])
+    assert set(draws(300, probs.log(), top_k=2, top_p=0.55)) == {0}
+
+
+def test_a_nucleus_wider_than_the_first_candidates_is_complete():
+    wide = torch.zeros(4 * FIRST_CANDIDATES)
+    drawn = draws(3000, wide, top_p=0.999)
+    assert len(set(drawn)) > 2 * FIRST_CANDIDATES
+
+
+def test_a_tiny_temperature_is_finite():
+    assert set(draws(20, temperature=1e-40)) == {1}
+
+
+def test_log_probabilities_are_those_of_the_model():
+    expected = LOGITS.log_softmax(-1)
+    sampled = sample(LOGITS, params(temperature=0.0, top_k=1, logprobs=2), new_generator(0))
+    assert sampled.logprob == pytest.approx(float(expected[1]))
+    assert [token for token, _ in sampled.top] == [1, 2]
+    assert [logprob for _, logprob in sampled.top] == pytest.approx(expected[[1, 2]].tolist())
+
+
+def test_log_probabilities_are_reported_only_on_demand():
+    assert sample(LOGITS, params(), new_generator(0)).logprob is None
+    assert sample(LOGITS, params(logprobs=0), new_generator(0)).top == ()
+
+
+@given(
+    st.lists(st.floats(-50, 50), min_size=1, max_size=40),
+    st.floats(0, 2),
+    st.floats(0.01, 1),
+    st.integers(0, 50),
+)
+def test_every_draw_is_a_token(values, temperature, top_p, top_k):
+    chosen = draws(1, torch.tensor(values), temperature=temperature, top_p=top_p, top_k=top_k)[0]
+    assert 0 <= chosen < len(values)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("stop", ("",)),
+        ("logprobs", -1),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(field, value):
+    with pytest.raises(InputError, match=field):
+        SamplingParams(**{"max_tokens": 1, field: value})

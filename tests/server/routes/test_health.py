@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+
+def test_probes_follow_the_engine(live, monkeypatch):
+    assert live.http.get("/livez").text == "ok"
+    assert live.http.get("/readyz").status_code == 200
+    monkeypatch.setattr(live.engine, "draining", True)
+    assert live.http.get("/livez").status_code == 200
+    assert live.http.get("/readyz").status_code == 503
+
+
+def test_the_documentation_lists_every_endpoint(live):
+    assert live.http.get("/docs").status_code == 200
+    paths = live.http.get("/openapi.json").json()["paths"]
+    assert {"/v1/classify", "/v1/completions", "/v1/chat/completions", "/metrics"} <= set(paths)

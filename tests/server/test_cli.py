@@ -1,0 +1,104 @@
+"""`molex serve` as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from server.cli import app
+from server.settings import Settings
+
+COMMAND = [sys.executable, "-c", "from server.cli import app; app()"]
+
+
+@pytest.fixture
+def process(bases, adapters_folder):
+    """A served decoder; the output up to the last line of its greeting, and its URL."""
+    command = [*COMMAND, "serve", "--base", f"dec={bases['dec']}", "--adapters", str(adapters_folder)]
+    child = subprocess.Popen(
+        [*command, "--port", "0", "--log-format", "json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert child.stdout is not None
+    greeting = ""
+    while "/metrics" not in greeting:
+        line = child.stdout.readline()
+        assert line, child.communicate()
+        greeting += line
+    url = re.search(r"http://127.0.0.1:\d+", greeting)
+    assert url
+    yield child, greeting, url[0]
+    child.kill()
+    child.communicate()
+
+
+def test_it_greets_with_commands_that_work_and_stops_gracefully(process):
+    child, greeting, url = process
+    assert "dec: llama, 5 layers" in greeting
+    assert "writer: molex CAUSAL_LM on dec" in greeting
+    assert "mood: REFUSED" in greeting
+    for path, data in re.findall(rf"{url}(/v1/\S+) -H 'content-type: application/json' -d '(.*)'", greeting):
+        assert httpx.post(url + path, json=json.loads(data)).status_code == 200
+    body = {"model": "writer", "prompt": "w1", "max_tokens": 90, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        child.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode in (0, -signal.SIGTERM)
+    logged = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
+    access = [line for line in logged if line["logger"] == "server.access"]
+    assert access[-1]["path"] == "/v1/completions"
+    assert access[-1]["status"] == 200
+    assert "Traceback" not in errors
+
+
+def test_every_setting_is_an_option():
+    result = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    for name in Settings.model_fields:
+        flag = "--base" if name == "bases" else "--" + name.replace("_", "-")
+        assert flag in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 2, "at least one base is needed"),
+        (["--base", "x=/no/such/folder"], 1, "/no/such/folder"),
+        (["--base", "a=/x", "--port", "99999"], 2, "port"),
+        (["--base", "a=/x", "--dtype", "int3"], 2, "int3"),
+        (["--colour", "red"], 2, "--colour"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(arguments, code, words, monkeypatch):
+    monkeypatch.setattr("server.logs.configure", lambda settings: None)
+    result = CliRunner().invoke(app, ["serve", *arguments])
+    assert result.exit_code == code
+    assert words in result.output
+    assert "Traceback" not in result.output
+
+
+def test_the_other_commands_are_there():
+    result = CliRunner().invoke(app, ["--help"])
+    for command in ("serve", "train", "evaluate", "convert"):
+        assert command in result.output
+
+
+def test_a_folder_that_cannot_be_converted_is_named(tmp_path):
+    result = CliRunner().invoke(app, ["convert", str(tmp_path / "none"), str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "error:" in result.output

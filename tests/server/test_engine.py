@@ -1,0 +1,256 @@
+"""What happens between requests: one batch, failures, cancellation, overload, reloads."""
+
+from __future__ import annotations
+
+import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from molex import write_adapter
+from tests.tiny import random_adapter
+
+LONG = {"max_tokens": 60, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture
+def threads():
+    with ThreadPoolExecutor(40) as pool:
+        yield pool
+
+
+def running(live) -> float:
+    return live.metrics()['molex_running_sequences{base="dec"}']
+
+
+def waiting(live, base: str) -> float:
+    return live.metrics()[f'molex_queue_depth{{base="{base}"}}']
+
+
+def test_adapters_of_all_kinds_share_a_batch_and_answer_as_alone(live, threads, brake):
+    texts = ["w1 w2 w3", "w9", "w8 w7 w6 w5 w4", "w20 w30"]
+    classifications = [
+        ("/v1/classify", {"model": model, "input": text, "return_routes": True})
+        for model in ("mood", "topic", "rank2", "judge")
+        for text in texts
+    ]
+    generations = [
+        ("/v1/completions", {"model": model, "prompt": text, "return_routes": True, **how})
+        for model, text in zip(("writer", "poet", "dec", "writer"), texts, strict=True)
+        for how in ({"temperature": 0, "max_tokens": 12}, {"seed": 3, "max_tokens": 9})
+    ]
+    requests = classifications + generations
+
+    def ask(request):
+        answer = live.http.post(request[0], json=request[1]).json()
+        return answer.get("data") or answer["choices"]
+
+    alone = [ask(request) for request in requests]
+    brakes = [brake(live, "enc"), brake(live, "dec")]
+    together = threads.map(ask, requests)
+    brakes[0].until(lambda: waiting(live, "enc") + waiting(live, "dec") > 10)
+    for item in brakes:
+        item.release()
+    for one, other in zip(alone, together, strict=True):
+        for left, right in zip(one, other, strict=True):
+            assert left.pop("probs", []) == pytest.approx(right.pop("probs", []), abs=1e-6)
+            assert left == right
+    mixed = max(len({s.adapter for s in batch}) for item in brakes for batch in item.batches)
+    assert mixed >= 3
+
+
+def test_a_failed_batch_answers_every_member_and_the_worker_goes_on(live, threads, brake):
+    held = brake(live, "enc")
+    first = threads.submit(live.classify, model="mood", input="w1")
+    held.until(lambda: len(held.batches) == 1)
+    others = [threads.submit(live.classify, model=name, input="w2") for name in ("mood", "topic")]
+    held.until(lambda: waiting(live, "enc") == 2)
+    held.failing = True
+    held.release()
+    assert first.result().status_code == 500
+    assert [other.result().status_code for other in others] == [200, 200]
+
+
+def test_all_members_of_a_failed_batch_are_told(live, threads, brake):
+    held = brake(live, "dec")
+    first = threads.submit(live.classify, model="judge", input="w1")
+    held.until(lambda: len(held.batches) == 1)
+    others = [
+        threads.submit(live.complete, model="writer", prompt="w2", max_tokens=4),
+        threads.submit(live.complete, model="poet", prompt="w2", max_tokens=4, stream=True),
+        threads.submit(live.classify, model="judge", input="w3"),
+    ]
+    held.until(lambda: waiting(live, "dec") == 3)
+    original, failures = held._run, []
+
+    def run(sequences):
+        if len(sequences) == 3 and not failures:
+            failures.append(sequences)
+            raise RuntimeError("secret/path broke")
+        return original(sequences)
+
+    held._run = run
+    held.release()
+    assert first.result().status_code == 200
+    for other in others:
+        answer = other.result()
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "internal_error"
+        assert "secret" not in answer.text
+    assert live.engine.bases["dec"].runner.num_free_slots == 4
+    assert live.complete(model="writer", prompt="w2", max_tokens=4).status_code == 200
+
+
+def test_a_failure_in_the_middle_of_a_stream_is_an_event(live, monkeypatch):
+    runner = live.engine.bases["dec"].runner
+    original = runner.run
+
+    def run(sequences):
+        if any(len(sequence.output_ids) == 3 for sequence in sequences):
+            raise RuntimeError("a test breaks this step")
+        return original(sequences)
+
+    monkeypatch.setattr(runner, "run", run)
+    answer = live.complete(model="writer", prompt="w1", stream=True, **LONG)
+    events = answer.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert json.loads(events[-3].removeprefix("data: "))["error"]["code"] == "internal_error"
+    assert runner.num_free_slots == 4
+
+
+def test_a_sequence_with_broken_numbers_fails_alone(live, monkeypatch, threads, brake):
+    held = brake(live, "enc")
+    block = threads.submit(live.classify, model="mood", input="w1")
+    held.until(lambda: len(held.batches) == 1)
+    bad = threads.submit(live.classify, model="topic", input="w9 w9 w9 w9")
+    good = threads.submit(live.classify, model="topic", input="w2")
+    held.until(lambda: waiting(live, "enc") == 2)
+    runner = live.engine.bases["enc"].runner
+    advance = runner._advance
+
+    def poisoned(sequence, logits):
+        return advance(sequence, logits * float("nan") if len(sequence.token_ids) == 5 else logits)
+
+    monkeypatch.setattr(runner, "_advance", poisoned)
+    held.release()
+    assert [block.result().status_code, bad.result().status_code, good.result().status_code] == [
+        200,
+        500,
+        200,
+    ]
+
+
+def test_a_full_queue_is_429_with_retry_after(live, threads, brake):
+    held = brake(live, "enc")
+    first = threads.submit(live.classify, model="mood", input="w1")
+    held.until(lambda: len(held.batches) == 1)
+    full = [threads.submit(live.classify, model="mood", input=["w1"] * 32) for _ in range(2)]
+    held.until(lambda: waiting(live, "enc") == 64)
+    refused = live.classify(model="mood", input="w1")
+    assert refused.status_code == 429
+    assert refused.headers["retry-after"] == "1"
+    assert refused.json()["error"]["code"] == "queue_full"
+    other_base = threads.submit(live.classify, model="judge", input="w1")
+    held.release()
+    answers = [future.result().status_code for future in [first, *full, other_base]]
+    assert answers == [200, 200, 200, 200]
+
+
+def test_leaving_a_stream_frees_its_slot(live, brake):
+    held = brake(live, "dec")
+    held.release()
+    body = {"model": "writer", "prompt": "w1 w2", "stream": True, **LONG}
+    with httpx.Client(base_url=live.url) as client, client.stream("POST", "/v1/completions", json=body) as s:
+        next(s.iter_lines())
+        [sequence] = held.batches[0]
+    held.until(lambda: running(live) == 0)
+    assert sequence.cancelled
+    assert live.engine.bases["dec"].runner.num_free_slots == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_leaving_before_the_first_token_drops_the_work(live, brake, stream):
+    held = brake(live, "dec")
+    body = json.dumps({"model": "writer", "prompt": "w1 w2", "stream": stream, **LONG})
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    url = httpx.URL(live.url)
+    with socket.create_connection((url.host, url.port)) as connection:
+        connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
+        held.until(lambda: len(held.batches) == 1)
+    [sequence] = held.batches[0]
+    held.until(lambda: sequence.cancelled)
+    held.release()
+    held.until(lambda: running(live) == 0)
+    assert len(held.batches) == 1
+    assert len(sequence.output_ids) <= 1
+    assert live.engine.bases["dec"].runner.num_free_slots == 4
+    assert live.metrics()['molex_requests_total{route="/v1/completions",status="499"}'] >= 1
+
+
+def test_more_generations_than_slots_all_finish(live):
+    prompts = [f"w{i}" for i in range(10)]
+    answer = live.complete(model="poet", prompt=prompts, temperature=0, max_tokens=5).json()
+    for index, prompt in enumerate(prompts):
+        alone = live.complete(model="poet", prompt=prompt, temperature=0, max_tokens=5).json()
+        assert answer["choices"][index] == alone["choices"][0] | {"index": index}
+
+
+def test_a_prompt_longer_than_the_token_budget_runs(live):
+    text = " ".join(["w1"] * 80)
+    assert live.classify(model="mood", input=text).status_code == 200
+    assert live.complete(model="writer", prompt=text, max_tokens=4).status_code == 200
+
+
+def test_a_reload_under_traffic_leaves_running_requests_on_their_weights(
+    live, threads, brake, models, adapters_folder
+):
+    body = {"model": "shifting", "prompt": "w1 w2 w3", "temperature": 0, "max_tokens": 30}
+    for seed in (70, 71):
+        adapter = random_adapter(models["dec"].spec, seed=seed, task="CAUSAL_LM", r=2)
+        write_adapter(adapter, adapters_folder / f"shifting-{seed}")
+
+    def put(seed: int) -> str:
+        answer = live.http.put("/v1/adapters/shifting", json={"source": f"shifting-{seed}"})
+        return answer.json()["digest"]
+
+    old = put(70)
+    expected = live.complete(**body).json()["choices"][0]["text"]
+    held = brake(live, "dec")
+    before = threads.submit(live.complete, **body, stream=True)
+    held.until(lambda: len(held.batches) == 1)
+    new = put(71)
+    held.release()
+    events = [line.removeprefix("data: ") for line in before.result().text.split("\n\n")[:-2]]
+    chunks = [json.loads(event) for event in events]
+    assert {chunk["adapter_digest"] for chunk in chunks} == {old}
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected
+    after = live.complete(**body).json()
+    assert after["adapter_digest"] == new != old
+    assert after["choices"][0]["text"] != expected
+    assert live.http.delete("/v1/adapters/shifting").status_code == 204
+
+
+def test_an_engine_that_stops_answers_what_is_left(settings, start, threads, brake):
+    live = start(settings)
+    held = brake(live, "dec")
+    first = threads.submit(live.classify, model="judge", input="w1")
+    held.until(lambda: len(held.batches) == 1)
+    second = threads.submit(live.classify, model="judge", input="w1")
+    held.until(lambda: waiting(live, "dec") == 1)
+    live.engine._stopping = True
+    held.release()
+    assert first.result().status_code == 200
+    assert second.result().status_code == 503
+    assert live.classify(model="judge", input="w1").status_code == 503
+
+
+def test_a_dead_worker_leaves_nobody_waiting(settings, start, monkeypatch):
+    live = start(settings)
+    monkeypatch.setattr(live.engine, "_postprocess", None)
+    # The sequence in the broken step is still the scheduler's.
+    answer = live.complete(model="dec", prompt="w1")
+    assert answer.status_code == 500
+    assert live.http.get("/livez").status_code == 503
+    assert live.http.get("/readyz").status_code == 503

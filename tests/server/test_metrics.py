@@ -1,0 +1,113 @@
+"""The numbers of /metrics equal what was sent."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def live(settings, start):
+    return start(settings)
+
+
+def changes(live, work) -> dict[str, float]:
+    """What `work` adds to each sample."""
+    before = live.metrics()
+    work()
+    after = live.metrics()
+    return {name: value - before.get(name, 0) for name, value in after.items()}
+
+
+def changed(change: dict[str, float], metric: str) -> dict[str, float]:
+    return {name: value for name, value in change.items() if name.startswith(metric) and value}
+
+
+def test_requests_are_counted_by_template_and_status(live):
+    def work():
+        for text in ("w1", "w2", "w3"):
+            live.classify(model="mood", input=text)
+        live.classify(model="nobody", input="w1")
+        live.http.get("/v1/adapters/mood")
+        live.http.get("/v1/adapters/topic")
+        live.http.get("/no/such/path")
+        live.http.get("/v1/classify")
+
+    change = changes(live, work)
+    assert changed(change, "molex_requests_total") == {
+        'molex_requests_total{route="/v1/classify",status="200"}': 3,
+        'molex_requests_total{route="/v1/classify",status="404"}': 1,
+        'molex_requests_total{route="/v1/adapters/{name}",status="200"}': 2,
+        'molex_requests_total{route="unmatched",status="404"}': 1,
+        'molex_requests_total{route="/v1/classify",status="405"}': 1,
+        'molex_requests_total{route="/metrics",status="200"}': 1,
+    }
+    for stage, count in {"total": 5, "queue": 3, "tokenize": 3, "forward": 3}.items():
+        name = f'molex_request_seconds_count{{route="/v1/classify",stage="{stage}"}}'
+        assert change[name] == count
+
+
+def test_a_classification_is_counted_in_tokens_adapters_and_routes(live):
+    answers = []
+    change = changes(
+        live,
+        lambda: answers.append(live.classify(model="mood", input=["w1 w2", "w3"], return_routes=True)),
+    )
+    assert change['molex_batch_tokens_sum{base="enc"}'] == 3 + 2
+    assert change['molex_batch_distinct_adapters_sum{base="enc"}'] == 1
+    assert change['molex_batch_tokens_count{base="enc"}'] == 1
+    routed = changed(change, "molex_route_total")
+    expected: dict[str, float] = {}
+    for entry in answers[0].json()["data"]:
+        for depth, layer in zip((0, 2, 4), entry["routes"], strict=True):
+            name = f'molex_route_total{{base="enc",depth="{depth}",layer="{layer}"}}'
+            expected[name] = expected.get(name, 0) + 1
+    assert routed == expected
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_generation_is_counted_in_tokens(live, stream):
+    change = changes(
+        live,
+        lambda: live.complete(
+            model="writer", prompt="w1 w2", max_tokens=7, ignore_eos=True, temperature=0, stream=stream
+        ),
+    )
+    assert change['molex_time_to_first_token_seconds_count{base="dec"}'] == 1
+    assert change['molex_inter_token_seconds_count{base="dec"}'] == 6
+    assert change['molex_batch_tokens_sum{base="dec"}'] == 3 + 6
+    assert change['molex_request_seconds_count{route="/v1/completions",stage="forward"}'] == 1
+    # A route is chosen once, at the prompt.
+    assert sum(value for name, value in change.items() if name.startswith("molex_route_total")) == 3
+
+
+def test_loads_are_counted_by_result(live):
+    def work():
+        live.http.put("/v1/adapters/x", json={"source": "topic"})
+        live.http.put("/v1/adapters/x", json={"source": "topic", "base": "dec"})
+        live.http.delete("/v1/adapters/x")
+        live.http.put("/v1/adapters/y", json={"source": "mood"})
+
+    change = changes(live, work)
+    assert change['molex_adapter_loads_total{base="enc",result="loaded"}'] == 2
+    assert change['molex_adapter_loads_total{base="dec",result="refused"}'] == 1
+    assert change['molex_resident_adapters{base="enc"}'] == 1
+
+
+def test_names_are_those_that_dashboards_use(live):
+    live.complete(model="writer", prompt="w1")
+    text = live.http.get("/metrics").text
+    names = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE molex")}
+    assert names == {
+        "molex_requests_total",
+        "molex_request_seconds",
+        "molex_time_to_first_token_seconds",
+        "molex_inter_token_seconds",
+        "molex_queue_depth",
+        "molex_running_sequences",
+        "molex_batch_tokens",
+        "molex_batch_distinct_adapters",
+        "molex_batch_distinct_layers",
+        "molex_adapter_loads_total",
+        "molex_resident_adapters",
+        "molex_route_total",
+    }

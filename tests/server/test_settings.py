@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from server.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch):
+    monkeypatch.delenv("MOLEX_BASES", raising=False)
+
+
+def test_bases_are_named_or_take_the_last_part_of_their_path():
+    settings = Settings(bases=["small=/models/e5", "org/roberta-base"])
+    assert settings.bases == {"small": "/models/e5", "roberta-base": "org/roberta-base"}
+
+
+def test_settings_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("MOLEX_BASES", "a=/x,b=/y")
+    monkeypatch.setenv("MOLEX_PORT", "9000")
+    settings = Settings()
+    assert settings.bases == {"a": "/x", "b": "/y"}
+    assert settings.port == 9000
+
+
+def test_arguments_win_over_the_environment(monkeypatch):
+    monkeypatch.setenv("MOLEX_PORT", "9000")
+    assert Settings(bases=["a=/x"], port=1).port == 1
+
+
+def test_callers_may_load_from_the_adapters_folder_unless_told_otherwise():
+    adapters, root = Path("/a"), Path("/b")
+    assert Settings(bases=["a=/x"]).http_root is None
+    assert Settings(bases=["a=/x"], adapters=adapters).http_root == adapters
+    assert Settings(bases=["a=/x"], adapters=adapters, adapter_root=root).http_root == root
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "at least one base"),
+        ({"bases": ["a=/x", "a=/y"]}, "two bases are named 'a'"),
+        ({"bases": ["a b=/x"]}, "no name for a base"),
+        ({"bases": ["a="]}, "has no folder"),
+        ({"bases": ["a=/x"], "dtype": "float16"}, "dtype"),
+        ({"bases": ["a=/x"], "max_queue": 10}, "max_inputs must not exceed max_queue"),
+        ({"bases": ["a=/x"], "max_batch_tokens": 8}, "max_sequences must not exceed max_batch_tokens"),
+        ({"bases": ["a=/x"], "colour": "red"}, "colour"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(arguments, message):
+    with pytest.raises(ValidationError, match=message):
+        Settings(**arguments)
