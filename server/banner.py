@@ -35,7 +35,7 @@ def _commands(engine: Engine, url: str) -> Iterator[str]:
         text = "A warm, funny and beautifully acted film."
         yield _post(url, "/v1/classify", {"model": name, "input": text, "return_routes": True})
     if name := _first(engine, "CAUSAL_LM"):
-        prompt = "name[The Eagle], eatType[coffee shop], food[Japanese]"
+        prompt = "name : Alimentum | area : city centre | family friendly : no"
         body = {"model": name, "prompt": prompt, "max_tokens": 40, "temperature": 0, "stream": True}
         yield _post(url, "/v1/completions", body)
     yield f"  curl {url}/v1/models"

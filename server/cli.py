@@ -78,12 +78,9 @@ def run_server(settings: Settings) -> None:
     Console(stderr=True).print(f"Loading {names} in {settings.dtype} …", highlight=False)
     engine = Engine.load(settings)
     refused = engine.adapters.load_folder(settings.adapters) if settings.adapters else {}
-    server = Server(engine, refused)
     # uvicorn has shut down in order by then and only passes Ctrl-C on.
     with suppress(KeyboardInterrupt):
-        asyncio.run(server.serve())
-    if not server.started:
-        raise SystemExit(1)
+        asyncio.run(Server(engine, refused).serve())
 
 
 def serve(**options: Any) -> None:

@@ -31,10 +31,10 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """What has stayed unreadable, at the end."""
+        """What was waiting at the end, less the half character that a cut leaves."""
         text = self._new_text() if self._pending else ""
         self._pending = []
-        return text
+        return text.rstrip(REPLACEMENT)
 
     def _new_text(self) -> str:
         before = self._decode(self._context)

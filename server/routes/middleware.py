@@ -15,6 +15,9 @@ from server.metrics import Metrics
 from server.routes.errors import answer
 from server.routes.timing import route_template
 
+PROBES = ("/livez", "/readyz", "/metrics")
+"""Routes that machines ask every few seconds; their log lines are for debugging only."""
+
 log = logging.getLogger("server.access")
 
 
@@ -52,8 +55,10 @@ class Observer:
             self._report(scope, request_id, status or 499, perf_counter() - begin)
 
     def _report(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
-        self._metrics.request(route_template(scope), status, seconds)
-        log.info(
+        route = route_template(scope)
+        self._metrics.request(route, status, seconds)
+        log.log(
+            logging.DEBUG if route in PROBES else logging.INFO,
             "%s %r %d in %.1f ms",
             scope["method"],
             scope["path"],

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -65,6 +66,14 @@ def test_it_greets_with_commands_that_work_and_stops_gracefully(process):
     assert access[-1]["path"] == "/v1/completions"
     assert access[-1]["status"] == 200
     assert "Traceback" not in errors
+
+
+def test_a_port_in_use_ends_the_process(bases, monkeypatch):
+    monkeypatch.setattr("server.logs.configure", lambda settings: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(app, ["serve", "--base", f"dec={bases['dec']}", "--port", port])
+    assert result.exit_code != 0
 
 
 def test_every_setting_is_an_option():
