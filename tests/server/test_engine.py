@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,6 +24,12 @@ def threads():
 
 def running(live) -> float:
     return live.metrics()['molex_running_sequences{base="dec"}']
+
+
+def idle(live) -> bool:
+    """Nothing runs or waits, and every generation slot is free."""
+    left = running(live) + waiting(live, "dec") + waiting(live, "enc")
+    return left == 0 and live.engine.bases["dec"].runner.num_free_slots == 4
 
 
 def waiting(live, base: str) -> float:
@@ -165,9 +172,8 @@ def test_leaving_a_stream_frees_its_slot(live, brake):
     with httpx.Client(base_url=live.url) as client, client.stream("POST", "/v1/completions", json=body) as s:
         next(s.iter_lines())
         [sequence] = held.batches[0]
-    held.until(lambda: running(live) == 0)
+    held.until(lambda: idle(live))
     assert sequence.cancelled
-    assert live.engine.bases["dec"].runner.num_free_slots == 4
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -182,11 +188,31 @@ def test_leaving_before_the_first_token_drops_the_work(live, brake, stream):
     [sequence] = held.batches[0]
     held.until(lambda: sequence.cancelled)
     held.release()
-    held.until(lambda: running(live) == 0)
+    held.until(lambda: idle(live))
     assert len(held.batches) == 1
     assert len(sequence.output_ids) <= 1
-    assert live.engine.bases["dec"].runner.num_free_slots == 4
     assert live.metrics()['molex_requests_total{route="/v1/completions",status="499"}'] >= 1
+
+
+def test_nothing_is_left_after_a_crowd_of_which_some_leave(live, threads, brake):
+    def ask(number: int) -> bool:
+        chance = random.Random(number)
+        if number % 3 == 0:
+            model = chance.choice(["mood", "topic", "rank2", "judge"])
+            texts = ["w1 " * chance.randint(1, 60) for _ in range(chance.randint(1, 4))]
+            return live.classify(model=model, input=texts).status_code == 200
+        model = chance.choice(["writer", "poet", "dec"])
+        body = {"model": model, "prompt": "w1 " * chance.randint(1, 30), "max_tokens": chance.randint(1, 30)}
+        with httpx.stream(
+            "POST", f"{live.url}/v1/completions", json=body | {"stream": True}, timeout=60
+        ) as s:
+            lines = iter(list(s.iter_lines())) if number % 3 == 1 else s.iter_lines()
+            first = next(lines)
+            # Every third request leaves here, after its first token.
+            return s.status_code == 200 and first.startswith("data: {")
+
+    assert all(threads.map(ask, range(90)))
+    brake(live, "dec").until(lambda: idle(live))
 
 
 def test_more_generations_than_slots_all_finish(live):
