@@ -36,8 +36,8 @@ def read_adapter(
 ) -> Adapter:
     """Read and validate an adapter folder for a base model; touches no model.
 
-    Low-rank factors are cast to `dtype`; gates, mixing weights and heads to at least float32. Raises
-    AdapterError, which names the tensor, field or file at fault.
+    The adapter is kept in `dtype`, the base model's, but in no less than float32. Raises AdapterError,
+    which names the tensor, field or file at fault.
     """
     config_bytes = _read(Path(folder), CONFIG_NAME)
     weights_bytes = _read(Path(folder), WEIGHTS_NAME)
@@ -48,7 +48,7 @@ def read_adapter(
         raise AdapterError(WEIGHTS_NAME, f"not a safetensors file ({error})") from error
     _check_tensors(config, spec, tensors)
     kept = torch.promote_types(dtype, torch.float32)
-    moved = {name: t.to(device, dtype if ".lora_" in name else kept) for name, t in tensors.items()}
+    moved = {name: tensor.to(device, kept) for name, tensor in tensors.items()}
     return assemble(config, spec, moved, digest=_digest(config_bytes, weights_bytes))
 
 

@@ -32,6 +32,7 @@ from molex.errors import BaseModelError
 from molex.heads import HeadKind
 from molex.lora import ActiveLora, AdaptedLinear, LoraSwitch
 from molex.packing import Packed
+from molex.prepack import PrepackedLinear, can_prepack
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,14 @@ class Backbone:
     def head_dim(self) -> int:
         default = self.config.hidden_size // self.config.num_attention_heads
         return int(getattr(self.config, "head_dim", None) or default)
+
+    def prepack(self) -> None:
+        """Lay the weights of all layers out for inference (`molex/prepack.py`); no gradients afterwards."""
+        if can_prepack(self.dtype, self.device):
+            for layer in self.layers:
+                for module in layer.modules():
+                    if isinstance(module, AdaptedLinear):
+                        module.base = PrepackedLinear(module.base)
 
     def embed(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
         """Token ids, positions and token types [n] → hidden states [1, n, d]."""

@@ -108,6 +108,10 @@ class MolexModel:
         """
         return cls(Backbone.from_pretrained(base, dtype, device))
 
+    def prepack(self) -> None:
+        """Lay the base's weights out for speed where the CPU gains from it; no training afterwards."""
+        self.backbone.prepack()
+
     @property
     def spec(self) -> BaseSpec:
         return self.backbone.spec
@@ -211,7 +215,7 @@ class MolexModel:
         distinct_layers = 0
         for depth in range(self.spec.num_layers):
             plan = router.plan(depth, hidden[0])
-            own = self._run_layer(batch, depth, depth, hidden, None)
+            own = self._run_own(batch, depth, hidden)
             if plan is None:
                 hidden = own
                 continue
@@ -277,24 +281,38 @@ class MolexModel:
             types = torch.tensor(flat, device=self.device)
         return self.backbone.embed(tokens, batch.packed.positions, types)
 
+    def _run_own(self, batch: _Batch, depth: int, hidden: Tensor) -> Tensor:
+        """L_depth(hidden) on all rows."""
+        kv = self._streams(batch, depth, range(len(batch.packed)), None)
+        return self._run_layer(batch, depth, hidden, batch.packed, batch.rotary, kv)
+
+    def _add_routed(
+        self, mixed: Tensor, batch: _Batch, depth: int, group: RouteGroup, hidden: Tensor
+    ) -> None:
+        """mixed[tokens of the group] += weight · L_layer(hidden[tokens of the group])."""
+        packed = batch.packed.subset(group.requests)
+        tokens = batch.packed.tokens(group.requests)
+        rotary = batch.rotary and (batch.rotary[0][:, tokens], batch.rotary[1][:, tokens])
+        kv = self._streams(batch, depth, group.requests, group.choices)
+        routed = self._run_layer(batch, group.layer, hidden[:, tokens], packed, rotary, kv)[0]
+        mixed.index_add_(0, tokens, routed.to(mixed.dtype) * packed.spread(group.weights)[:, None])
+
     def _run_layer(
-        self, batch: _Batch, layer: int, depth: int, hidden: Tensor, group: RouteGroup | None
+        self,
+        batch: _Batch,
+        layer: int,
+        hidden: Tensor,
+        packed: Packed,
+        rotary: tuple[Tensor, Tensor] | None,
+        kv: KVStreams | None,
     ) -> Tensor:
-        """Run a layer at a depth: on all rows as their own layer, or on `group` as its routed layer."""
-        requests = range(len(batch.packed)) if group is None else group.requests
-        packed, rotary = batch.packed, batch.rotary
-        if group is not None:
-            tokens = packed.tokens(group.requests)
-            packed, hidden = packed.subset(group.requests), hidden[:, tokens]
-            if rotary is not None:
-                rotary = (rotary[0][:, tokens], rotary[1][:, tokens])
         lora = ActiveLora(batch.lora, packed) if batch.lora.sites else None
-        kv = self._streams(batch, depth, requests, None if group is None else group.choices)
         return self.backbone.run_layer(layer, hidden, packed, lora, rotary, kv)
 
     def _streams(
         self, batch: _Batch, depth: int, requests: Sequence[int], choices: Sequence[int] | None
     ) -> KVStreams | None:
+        """Where the requests keep keys and values at a depth: own streams, or those of routed choices."""
         if batch.cache is None:
             return None
         streams: list[int | None] = []
@@ -302,15 +320,6 @@ class MolexModel:
             slot, choice = batch.rows[i].slot, 0 if choices is None else choices[n]
             streams.append(None if slot is None else batch.cache.stream(slot, choice))
         return KVStreams(batch.cache.depths[depth], streams)
-
-    def _add_routed(
-        self, mixed: Tensor, batch: _Batch, depth: int, group: RouteGroup, hidden: Tensor
-    ) -> None:
-        """mixed[tokens of the group] += weight · L_layer(hidden[tokens of the group])."""
-        routed = self._run_layer(batch, group.layer, depth, hidden, group)[0]
-        lengths = torch.tensor([batch.packed.lengths[i] for i in group.requests], device=self.device)
-        weights = group.weights.repeat_interleave(lengths)[:, None]
-        mixed.index_add_(0, batch.packed.tokens(group.requests), routed.to(mixed.dtype) * weights)
 
     def _logits(self, batch: _Batch, hidden: Tensor, lm_logits: str) -> list[Tensor]:
         """Heads on the pooled tokens, the language model head or the bare hidden states on the others."""

@@ -13,23 +13,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionGroup:
-    """Requests of similar length whose attention runs in one padded call.
+    """Requests whose attention runs in one call: one request, or several that run a single token each.
 
-    `index` [b, q] holds the packed index of each query (padding repeats a request's last token), `flat` the
-    entries of `index` that are real tokens (None: all of them). `bounds` is set where the group is one
-    unpadded block of neighbours, which needs no gathering at all.
+    All of them run `queries` tokens; `keys[i]` counts those and the cached ones before them. `index` holds
+    the packed tokens where the requests are not neighbours, else `start` is the first.
     """
 
     requests: tuple[int, ...]
-    query_lengths: tuple[int, ...]
-    past: tuple[int, ...]
-    index: Tensor
-    flat: Tensor | None
-    bounds: tuple[int, int] | None
+    queries: int
+    keys: tuple[int, ...]
+    start: int
+    index: Tensor | None
 
     @property
-    def key_lengths(self) -> tuple[int, ...]:
-        return tuple(q + p for q, p in zip(self.query_lengths, self.past, strict=True))
+    def has_past(self) -> bool:
+        return max(self.keys) > self.queries
 
 
 class Packed:
@@ -96,8 +94,11 @@ class Packed:
 
     def tokens(self, requests: Sequence[int]) -> Tensor:
         """The packed indices of the tokens of some requests, in order."""
-        everything = torch.arange(self.num_tokens, device=self.device)
-        return torch.cat([everything[self.offsets[i] : self.offsets[i + 1]] for i in requests])
+        return torch.cat([self._everything[self.offsets[i] : self.offsets[i + 1]] for i in requests])
+
+    @cached_property
+    def _everything(self) -> Tensor:
+        return torch.arange(self.num_tokens, device=self.device)
 
     def subset(self, requests: Sequence[int]) -> Packed:
         """The same for some of the requests, packed on their own."""
@@ -111,45 +112,33 @@ class Packed:
 
     @cached_property
     def groups(self) -> list[AttentionGroup]:
-        """The requests in groups of similar length, longest first."""
-        order = sorted(range(len(self)), key=lambda i: (self.lengths[i], self.past[i]), reverse=True)
-        groups: list[list[int]] = []
-        for i in order:
-            if groups and self._fits(groups[-1][0], i):
-                groups[-1].append(i)
-            else:
-                groups.append([i])
-        return [self._group(sorted(group)) for group in groups]
+        """The requests in calls to attention.
 
-    def _fits(self, longest: int, request: int) -> bool:
-        """Whether padding `request` to the size of `longest` wastes little. Each group costs a few calls."""
-        if not self.past[longest] and self.past[request]:
-            return False
-        queries, keys = self.lengths[longest], self.lengths[longest] + self.past[longest]
-        return (
-            4 * (queries - self.lengths[request]) <= queries + 16
-            and 2 * (keys - self.lengths[request] - self.past[request]) <= keys + 64
-        )
+        A request of several tokens runs alone: on a CPU, padding and gathering cost more than the calls that
+        they save. Single tokens, as in decoding, run together with those of similar history.
+        """
+        single = [i for i in range(len(self)) if self.lengths[i] == 1]
+        calls = [[i] for i in range(len(self)) if self.lengths[i] > 1]
+        for i in sorted(single, key=self.past.__getitem__, reverse=True):
+            longest = self.past[calls[-1][0]] if calls and self.lengths[calls[-1][0]] == 1 else None
+            if longest is not None and 2 * (longest - self.past[i]) <= longest + 64:
+                calls[-1].append(i)
+            else:
+                calls.append([i])
+        return [self._group(sorted(requests)) for requests in calls]
 
     def _group(self, requests: list[int]) -> AttentionGroup:
-        lengths = tuple(self.lengths[i] for i in requests)
-        starts = torch.tensor([self.offsets[i] for i in requests], device=self.device)
-        steps = torch.arange(max(lengths), device=self.device)
-        past = tuple(self.past[i] for i in requests)
-        if min(lengths) == max(lengths):
-            neighbours = requests == list(range(requests[0], requests[0] + len(requests)))
-            bounds = (self.offsets[requests[0]], self.offsets[requests[-1] + 1]) if neighbours else None
-            index = starts[:, None] + steps
-            return AttentionGroup(tuple(requests), lengths, past, index, None, bounds)
-        limits = torch.tensor(lengths, device=self.device)[:, None]
-        index = starts[:, None] + torch.minimum(steps, limits - 1)
-        flat = (steps < limits).flatten().nonzero()[:, 0]
-        return AttentionGroup(tuple(requests), lengths, past, index, flat, None)
+        first = requests[0]
+        keys = tuple(self.lengths[i] + self.past[i] for i in requests)
+        neighbours = requests == list(range(first, first + len(requests)))
+        index = None if neighbours else self.tokens(requests)
+        return AttentionGroup(tuple(requests), self.lengths[first], keys, self.offsets[first], index)
 
     @cached_property
     def restore(self) -> Tensor | None:
         """Puts tokens that lie group after group back in packed order; None where they already are."""
-        if len(self.groups) == 1 and list(self.groups[0].requests) == list(range(len(self))):
+        order = [i for group in self.groups for i in group.requests]
+        if order == list(range(len(self))):
             return None
-        order = self.tokens([i for group in self.groups for i in group.requests])
-        return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=self.device))
+        tokens = self.tokens(order)
+        return torch.empty_like(tokens).scatter_(0, tokens, torch.arange(len(tokens), device=self.device))

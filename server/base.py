@@ -31,6 +31,7 @@ def load_base(name: str, source: str, settings: Settings) -> Base:
     Raises BaseModelError where it cannot be served.
     """
     model = MolexModel.from_pretrained(source, dtype=getattr(torch, settings.dtype))
+    model.prepack()
     tokenization = Tokenization.from_pretrained(
         source,
         max_length=min(settings.max_length, model.spec.max_length),

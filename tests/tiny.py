@@ -103,8 +103,7 @@ def random_adapter(
     for name, tensor in fresh.tensors.items():
         noise = torch.randn(tensor.shape, generator=generator)
         value = tensor if name.startswith("molex.mix") else tensor + noise * (0.5 if "gate" in name else 0.2)
-        kept = dtype if ".lora_" in name else torch.promote_types(dtype, torch.float32)
-        tensors[name] = value.detach().to(kept)
+        tensors[name] = value.detach().to(torch.promote_types(dtype, torch.float32))
     return assemble(fresh.config, spec, tensors, digest=f"test:{seed}")
 
 
