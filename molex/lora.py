@@ -91,42 +91,44 @@ def low_rank_gated(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gates: Tensor) ->
 
 @dataclass(frozen=True)
 class _Stack:
-    """All factors of a site side by side: a [R, in], b [R, out]; owners and scalings [R]."""
+    """All factors of a site side by side: a [R, in], b [R, out], scalings [R].
+
+    `layout` lists (member, rank) in order, `owners` [R] is the member of each rank.
+    """
 
     a: Tensor
     b: Tensor
-    owners: Tensor
     scalings: Tensor
+    owners: Tensor
+    layout: tuple[tuple[int, int], ...]
 
 
 class BatchLora:
-    """The updates of the distinct adapters of a batch, indexed like `Packed.members`."""
+    """The updates of the distinct adapters of a batch, by site and by index as in `Packed.members`."""
 
     def __init__(self, adapters: Sequence[LoraWeights]) -> None:
         self.adapters = adapters
-        self.sites = frozenset(site for adapter in adapters for site in adapter.updates)
+        self.updates: dict[Site, dict[int, LowRank]] = {}
+        for member, adapter in enumerate(adapters):
+            for site, update in adapter.updates.items():
+                self.updates.setdefault(site, {})[member] = update
+        self.ranks = {site: sum(u.a.shape[0] for u in by.values()) for site, by in self.updates.items()}
         self._stacks: dict[Site, _Stack] = {}
-
-    def update(self, member: int, site: Site) -> LowRank | None:
-        return self.adapters[member].updates.get(site)
 
     def stack(self, site: Site) -> _Stack:
         """The factors of every adapter at a site side by side, built once."""
         if site not in self._stacks:
-            self._stacks[site] = self._build(site)
+            self._stacks[site] = self._build(self.updates[site])
         return self._stacks[site]
 
-    def _build(self, site: Site) -> _Stack:
-        present = [(i, u) for i, a in enumerate(self.adapters) if (u := a.updates.get(site)) is not None]
-        ranks = torch.tensor([len(update.a) for _, update in present])
-        owners = torch.tensor([i for i, _ in present]).repeat_interleave(ranks)
-        scalings = torch.tensor([update.scaling for _, update in present]).repeat_interleave(ranks)
-        a = torch.cat([update.a for _, update in present])
-        b = torch.cat([update.b.T for _, update in present])
-        return _Stack(a, b, owners.to(a.device), scalings.to(a))
-
-    def rank(self, site: Site) -> int:
-        return sum(len(u.a) for a in self.adapters if (u := a.updates.get(site)) is not None)
+    def _build(self, updates: Mapping[int, LowRank]) -> _Stack:
+        layout = tuple((member, update.a.shape[0]) for member, update in updates.items())
+        a = torch.cat([update.a for update in updates.values()])
+        b = torch.cat([update.b.T for update in updates.values()])
+        ranks = torch.tensor([rank for _, rank in layout])
+        owners = torch.tensor([member for member, _ in layout]).repeat_interleave(ranks)
+        scalings = torch.tensor([u.scaling for u in updates.values()]).repeat_interleave(ranks)
+        return _Stack(a, b, scalings.to(a), owners.to(a.device), layout)
 
 
 # Where the wide product stops being cheaper than a call for each adapter: floating-point operations that
@@ -140,16 +142,15 @@ class ActiveLora:
     def __init__(self, batch: BatchLora, packed: Packed) -> None:
         self.batch = batch
         self.packed = packed
-        self._gates: dict[tuple[int, ...], Tensor] = {}
+        self._gates: dict[tuple[tuple[int, int], ...], Tensor] = {}
         self._input: tuple[Tensor, Tensor] | None = None
 
     def add(self, y: Tensor, x: Tensor, site: Site) -> Tensor:
         """y [1, n, out] plus the updates at `site` of the adapters of the rows x [1, n, in]."""
-        segments = [
-            (update, start, stop)
-            for member, start, stop in self.packed.segments
-            if (update := self.batch.update(member, site)) is not None
-        ]
+        updates = self.batch.updates.get(site)
+        if updates is None:
+            return y
+        segments = [(updates[m], start, stop) for m, start, stop in self.packed.segments if m in updates]
         if not segments:
             return y
         x = self._widened(x, segments[0][0].a.dtype)
@@ -172,16 +173,15 @@ class ActiveLora:
         return max(adapter.dropout for adapter in self.batch.adapters)
 
     def _gated_is_cheaper(self, y: Tensor, x: Tensor, site: Site, calls: int) -> bool:
-        operations = 2 * x.shape[1] * self.batch.rank(site) * (x.shape[2] + y.shape[2])
+        operations = 2 * x.shape[1] * self.batch.ranks[site] * (x.shape[2] + y.shape[2])
         return operations < calls * OPERATIONS_PER_CALL
 
     def _gate(self, stack: _Stack) -> Tensor:
         """G [n, R]: the scaling where a rank belongs to the row's adapter, else 0; kept by layout."""
-        layout = tuple(stack.owners.tolist())
-        if layout not in self._gates:
+        if stack.layout not in self._gates:
             members = self.packed.spread(torch.tensor(self.packed.members, device=stack.owners.device))
-            self._gates[layout] = (members[:, None] == stack.owners) * stack.scalings
-        return self._gates[layout]
+            self._gates[stack.layout] = (members[:, None] == stack.owners) * stack.scalings
+        return self._gates[stack.layout]
 
 
 class LoraSwitch:

@@ -306,7 +306,7 @@ class MolexModel:
         rotary: tuple[Tensor, Tensor] | None,
         kv: KVStreams | None,
     ) -> Tensor:
-        lora = ActiveLora(batch.lora, packed) if batch.lora.sites else None
+        lora = ActiveLora(batch.lora, packed) if batch.lora.updates else None
         return self.backbone.run_layer(layer, hidden, packed, lora, rotary, kv)
 
     def _streams(
