@@ -71,21 +71,17 @@ def packed_attention(
         kv.write(packed, key, value)
     query, key, value = (_widened(x) for x in (query, key, value))
     outputs = []
-    for group in packed.groups:
-        queries = _gather(query, group)
+    pieces = zip(packed.groups, *(_split(x, packed) for x in (query, key, value)), strict=True)
+    for group, queries, keys, values in pieces:
         if group.has_past:
             assert kv is not None, "earlier tokens are in a cache"
             keys, values = (_widened(x) for x in kv.read(group))
-        else:
-            keys, values = _gather(key, group), _gather(value, group)
         mask = _mask(group, packed.causal, sliding_window, query.device)
         causal = packed.causal and mask is None and group.queries > 1
         attended = _attend(queries, keys, values, mask, causal, scaling)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     output = (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
-    if packed.restore is not None:
-        output = output[packed.restore]
-    return output[None], None
+    return (output if packed.restored is None else output[packed.restored])[None], None
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -93,12 +89,15 @@ def _widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x
 
 
-def _gather(rows: Tensor, group: AttentionGroup) -> Tensor:
-    """[n, heads, head_dim] → [b, heads, q, head_dim]."""
-    count = len(group.requests)
-    stop = group.start + count * group.queries
-    chosen = rows[group.start : stop] if group.index is None else rows[group.index]
-    return chosen.view(count, group.queries, *rows.shape[1:]).transpose(1, 2)
+def _split(rows: Tensor, packed: Packed) -> list[Tensor]:
+    """[n, heads, head_dim] → [b, heads, q, head_dim] of each group."""
+    rows = rows if packed.grouped is None else rows[packed.grouped]
+    # One split, not a slice a group: the gradient of a slice is as large as all rows.
+    pieces = torch.split(rows, [group.num_tokens for group in packed.groups])
+    return [
+        piece.view(-1, group.queries, *rows.shape[1:]).transpose(1, 2)
+        for piece, group in zip(pieces, packed.groups, strict=True)
+    ]
 
 
 def _mask(group: AttentionGroup, causal: bool, window: int | None, device: torch.device) -> Tensor | None:

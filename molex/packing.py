@@ -15,15 +15,16 @@ from torch import Tensor
 class AttentionGroup:
     """Requests whose attention runs in one call: one request, or several that run a single token each.
 
-    All of them run `queries` tokens; `keys[i]` counts those and the cached ones before them. `index` holds
-    the packed tokens where the requests are not neighbours, else `start` is the first.
+    All of them run `queries` tokens; `keys[i]` counts those and the cached ones before them.
     """
 
     requests: tuple[int, ...]
     queries: int
     keys: tuple[int, ...]
-    start: int
-    index: Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.requests) * self.queries
 
     @property
     def has_past(self) -> bool:
@@ -128,17 +129,16 @@ class Packed:
         return [self._group(sorted(requests)) for requests in calls]
 
     def _group(self, requests: list[int]) -> AttentionGroup:
-        first = requests[0]
         keys = tuple(self.lengths[i] + self.past[i] for i in requests)
-        neighbours = requests == list(range(first, first + len(requests)))
-        index = None if neighbours else self.tokens(requests)
-        return AttentionGroup(tuple(requests), self.lengths[first], keys, self.offsets[first], index)
+        return AttentionGroup(tuple(requests), self.lengths[requests[0]], keys)
 
     @cached_property
-    def restore(self) -> Tensor | None:
-        """Puts tokens that lie group after group back in packed order; None where they already are."""
+    def grouped(self) -> Tensor | None:
+        """The packed tokens in the order of the groups; None where they already are."""
         order = [i for group in self.groups for i in group.requests]
-        if order == list(range(len(self))):
-            return None
-        tokens = self.tokens(order)
-        return torch.empty_like(tokens).scatter_(0, tokens, torch.arange(len(tokens), device=self.device))
+        return None if order == list(range(len(self))) else self.tokens(order)
+
+    @cached_property
+    def restored(self) -> Tensor | None:
+        """The inverse of `grouped`."""
+        return None if self.grouped is None else self.grouped.argsort()

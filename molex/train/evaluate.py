@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from molex.adapter import Adapter, assemble
+from molex.adapter import Adapter
 from molex.generate import generate
 from molex.model import MolexModel
 from molex.sampling import SamplingParams
@@ -19,15 +19,6 @@ from molex.train.metrics import Metrics, classification_metrics, generation_metr
 MAX_BATCH_TOKENS = 1024
 
 
-def served(adapter: Adapter, model: MolexModel) -> Adapter:
-    """An adapter in training as the model will serve it: its low-rank factors in the base's dtype."""
-    tensors = {
-        name: tensor.detach().to(model.dtype) if ".lora_" in name else tensor.detach()
-        for name, tensor in adapter.tensors.items()
-    }
-    return assemble(adapter.config, model.spec, tensors)
-
-
 @torch.inference_mode()
 def evaluate_items(model: MolexModel, adapter: Adapter, items: Sequence[Item]) -> Metrics:
     """The metrics that one forward over the items gives.
@@ -35,7 +26,6 @@ def evaluate_items(model: MolexModel, adapter: Adapter, items: Sequence[Item]) -
     SEQ_CLS: mean loss and the classification metrics. CAUSAL_LM: mean loss per completion token and
     perplexity, over every completion or reference.
     """
-    adapter = served(adapter, model)
     predicted = [0] * len(items)
     total, count = 0.0, 0
     for batch in token_batches([len(item.token_ids) for item in items], MAX_BATCH_TOKENS):
@@ -62,7 +52,6 @@ def evaluate_generation(
     max_tokens: int,
 ) -> Metrics:
     """BLEU and chrF of greedy continuations against the references of each prompt."""
-    adapter = served(adapter, model)
     prompts = [encode_prompt(tokenizer, example.prompt) for example in dataset.examples]
     params = SamplingParams(max_tokens=max_tokens, temperature=0)
     stop_ids = {tokenizer.eos_token_id}

@@ -3,7 +3,6 @@
 import math
 import random
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_
 
 from molex.adapter import Adapter
@@ -160,8 +158,7 @@ class Trainer:
         self.listener.on_step(self.step, self.total_steps, value)
 
     def _loss(self, items: Sequence[Item]) -> Tensor:
-        with _attention_kernels(self.model):
-            output = self.model.run(make_rows(self.adapter, items), lm_logits="all")
+        output = self.model.run(make_rows(self.adapter, items), lm_logits="all")
         loss = token_loss(output.logits, items).mean()
         return loss + self.options.balance_coefficient * output.balance_loss
 
@@ -238,17 +235,6 @@ class Trainer:
             state = unprefixed(name, tensors)
             if state:
                 self.optimizer.state[parameter] = state
-
-
-def _attention_kernels(model: MolexModel) -> AbstractContextManager[None]:
-    """Attention kernels with a fast backward pass.
-
-    On a CPU the fused kernel's backward pass in bfloat16 takes as long as all of the linear layers
-    together; plain matrix products take a fifth of that.
-    """
-    if model.dtype == torch.bfloat16 and model.device.type == "cpu":
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()
 
 
 def _copies(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,97 @@
+"""Mixed-adapter LoRA classification: this engine against PEFT's `adapter_names` on padded batches.
+
+    python -m benchmarks.bench_lora_classification [--rounds 7] [--shapes demo-encoder roberta-base-shape]
+
+Both classify the same sentences under the same choice of adapters (Zipf). PEFT's mixed batches do not
+take RoBERTa's classification head, so its arm stops at the last hidden states and is spared the heads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import RobertaModel
+
+from benchmarks.common import (
+    DTYPES,
+    SHAPES,
+    Contestant,
+    OwnEngine,
+    base_folder,
+    machine,
+    measure,
+    random_adapter,
+    report,
+    sentences,
+    zipf,
+)
+
+REQUESTS = 64
+COUNTS = (1, 8, 32)
+
+
+def peft_contestant(
+    folder: Path, dtype: str, inputs: Sequence[Sequence[int]], chosen: Sequence[int], count: int
+) -> Contestant:
+    """`count` rank-8 adapters on query and value, one padded batch."""
+    base = RobertaModel.from_pretrained(folder, dtype=DTYPES[dtype], add_pooling_layer=False)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], init_lora_weights=False)
+    model = get_peft_model(base, config, adapter_name="0", autocast_adapter_dtype=False)
+    for number in range(1, count):
+        model.add_adapter(str(number), config, autocast_adapter_dtype=False)
+    model.eval()
+    longest = max(map(len, inputs))
+    padded = torch.tensor([list(ids) + [1] * (longest - len(ids)) for ids in inputs])
+    mask = (padded != 1).long()
+    names = [str(number) for number in chosen]
+
+    def run() -> object:
+        with torch.inference_mode():
+            return model(input_ids=padded, attention_mask=mask, adapter_names=names)
+
+    return run
+
+
+def compare(shape: str, count: int, rounds: int, scratch: Path) -> None:
+    folder = base_folder(shape, scratch)
+    inputs, chosen = sentences(REQUESTS, seed=1), zipf(REQUESTS, count, seed=2)
+    contestants: dict[str, Contestant] = {}
+    for dtype in DTYPES:
+        engine = OwnEngine(folder, dtype)
+        adapters = [random_adapter(engine.model.spec, seed=n) for n in range(count)]
+        contestants[f"ours {dtype}"] = engine.contestant(inputs, [adapters[n] for n in chosen])
+        contestants[f"ours {dtype}, bare base"] = engine.bare(inputs)
+        contestants[f"peft {dtype}"] = peft_contestant(folder, dtype, inputs, chosen, count)
+    medians = measure(contestants, rounds)
+    best = {who: min(medians[f"{who} {dtype}"] for dtype in DTYPES) for who in ("ours", "peft")}
+    ratios = {
+        f"peft / ours, {dtype}": medians[f"peft {dtype}"] / medians[f"ours {dtype}"] for dtype in DTYPES
+    }
+    ratios["peft / ours, each at its best"] = best["peft"] / best["ours"]
+    for dtype in DTYPES:
+        ratios[f"ours / bare base, {dtype}"] = medians[f"ours {dtype}"] / medians[f"ours {dtype}, bare base"]
+    tokens = sum(map(len, inputs))
+    distinct = len(set(chosen))
+    report(f"{shape}: {REQUESTS} sentences, {tokens} tokens, {distinct} of {count} adapters", medians, ratios)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
+    parser.add_argument("--adapters", nargs="+", type=int, default=COUNTS)
+    arguments = parser.parse_args()
+    print(machine())
+    for shape in arguments.shapes:
+        for count in arguments.adapters:
+            with tempfile.TemporaryDirectory() as scratch:
+                compare(shape, count, arguments.rounds, Path(scratch))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What every benchmark shares: inputs, contestants of our own, interleaved rounds, medians, ratios."""
+
+from __future__ import annotations
+
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import RobertaConfig, RobertaModel
+from transformers.utils import logging
+
+from molex import BARE, MolexModel, Row
+from molex.adapter import Adapter, assemble, new_adapter
+from molex.backbone import BaseSpec
+from molex.config import AdapterConfig, MolexConfig
+
+DEMO_ENCODER = Path(__file__).parents[1] / ".models" / "e5-small"
+SHAPES = ("demo-encoder", "roberta-base-shape")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Contestant = Callable[[], object]
+
+
+def base_folder(shape: str, scratch: Path) -> Path:
+    """The demo encoder, or a random model of RoBERTa-base's shape, saved to `scratch`."""
+    logging.disable_progress_bar()
+    if shape == "demo-encoder":
+        return DEMO_ENCODER
+    torch.manual_seed(0)
+    config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
+    RobertaModel(config, add_pooling_layer=False).save_pretrained(scratch)
+    return scratch
+
+
+def random_adapter(spec: BaseSpec, seed: int, molex: MolexConfig | None = None) -> Adapter:
+    """A rank-8 adapter on query and value in which all weights are random: as costly as a trained one."""
+    config = AdapterConfig("SEQ_CLS", r=8, lora_alpha=16, target_modules=("query", "value"), molex=molex)
+    fresh = new_adapter(spec, config, num_labels=2, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: tensor.detach() + 0.02 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in fresh.tensors.items()
+    }
+    return assemble(config, spec, tensors)
+
+
+def sentences(count: int, seed: int) -> list[list[int]]:
+    """Token ids in natural sentence lengths: 6 to 60 tokens, most of them near 20."""
+    rng = random.Random(seed)
+    lengths = [min(60, max(6, round(rng.lognormvariate(3.0, 0.5)))) for _ in range(count)]
+    return [[rng.randrange(4, 40_000) for _ in range(length)] for length in lengths]
+
+
+def zipf(count: int, num_adapters: int, seed: int) -> list[int]:
+    """Adapter numbers whose popularity falls as 1 / rank."""
+    rng = random.Random(seed)
+    return rng.choices(range(num_adapters), [1 / (n + 1) for n in range(num_adapters)], k=count)
+
+
+class OwnEngine:
+    """The engine as the server runs it: one base in one precision, prepacked."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        self.model = MolexModel.from_pretrained(folder, dtype=DTYPES[dtype])
+        self.model.prepack()
+
+    def contestant(self, inputs: Sequence[Sequence[int]], adapters: Sequence[Adapter]) -> Contestant:
+        rows = [Row(ids, adapter) for ids, adapter in zip(inputs, adapters, strict=True)]
+
+        def run() -> object:
+            with torch.inference_mode():
+                return self.model.run(rows)
+
+        return run
+
+    def bare(self, inputs: Sequence[Sequence[int]]) -> Contestant:
+        return self.contestant(inputs, [BARE] * len(inputs))
+
+
+def measure(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, float]:
+    """Median seconds of each. Every round runs all of them once, in a new order; the first only warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    order = list(contestants)
+    rng = random.Random(0)
+    for number in range(rounds + 1):
+        rng.shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            contestants[name]()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on."""
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+
+
+def report(title: str, medians: Mapping[str, float], ratios: Mapping[str, float]) -> None:
+    print(f"\n{title}")
+    for name, seconds in medians.items():
+        print(f"  {name:<28}{seconds * 1e3:10.1f} ms")
+    for name, ratio in ratios.items():
+        print(f"  {name:<44}{ratio:6.2f} x")
