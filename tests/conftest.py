@@ -1,0 +1,30 @@
+"""What all tests share: tiny base models, made once, and no limit on the time of an example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from molex import MolexModel
+from molex.backbone import BaseSpec
+from tests.tiny import tiny_base
+
+# How long an example takes depends on the machine and on what else runs there.
+settings.register_profile("molex", deadline=None)
+settings.load_profile("molex")
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory) -> Callable[[str], Path]:
+    """The folder of a random base model of a family. Tests must not change it."""
+    return cache(lambda family: tiny_base(family, tmp_path_factory.mktemp(f"{family}-base")))
+
+
+@pytest.fixture(scope="session")
+def spec_of(base_folder) -> Callable[[str], BaseSpec]:
+    """The facts of the random base model of a family."""
+    return cache(lambda family: MolexModel.from_pretrained(base_folder(family)).spec)

@@ -1,0 +1,105 @@
+"""Packed rows: where tokens lie, and how attention groups them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from molex.packing import Packed
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def layouts(draw):
+    """Lengths, past and members of 1 to 10 requests; many of one token, as in decoding."""
+    count = draw(st.integers(1, 10))
+    lengths = draw(st.lists(st.one_of(st.just(1), st.integers(1, 6)), min_size=count, max_size=count))
+    past = draw(st.lists(st.integers(0, 400), min_size=count, max_size=count))
+    members = sorted(draw(st.lists(st.integers(0, 3), min_size=count, max_size=count)))
+    return lengths, past, members
+
+
+def pack(lengths, past, members, causal=True):
+    return Packed(lengths, past, members, causal=causal, device=CPU)
+
+
+def requests_of(data, packed):
+    return data.draw(st.lists(st.integers(0, len(packed) - 1), min_size=1, unique=True))
+
+
+@given(layouts())
+def test_tokens_know_their_request_and_position(layout):
+    packed = pack(*layout)
+    lengths, past, _ = layout
+    assert packed.num_tokens == sum(lengths)
+    assert packed.spread(torch.arange(len(packed))).tolist() == [
+        i for i, n in enumerate(lengths) for _ in range(n)
+    ]
+    expected = [p + j for n, p in zip(lengths, past, strict=True) for j in range(n)]
+    assert packed.positions.tolist() == expected
+
+
+@given(layouts(), st.data())
+def test_tokens_of_requests_come_in_the_order_asked_for(layout, data):
+    packed = pack(*layout)
+    requests = requests_of(data, packed)
+    expected = [t for i in requests for t in range(packed.offsets[i], packed.offsets[i + 1])]
+    assert packed.tokens(requests).tolist() == expected
+
+
+@given(layouts(), st.data())
+def test_a_subset_is_packed_like_its_requests(layout, data):
+    packed = pack(*layout, causal=False)
+    requests = requests_of(data, packed)
+    subset = packed.subset(requests)
+    assert subset.lengths == [packed.lengths[i] for i in requests]
+    assert subset.past == [packed.past[i] for i in requests]
+    assert subset.members == [packed.members[i] for i in requests]
+    assert subset.positions.tolist() == packed.positions[packed.tokens(requests)].tolist()
+    assert not subset.causal
+
+
+@given(layouts())
+def test_segments_are_the_longest_runs_of_one_adapter(layout):
+    packed = pack(*layout)
+    runs = packed.segments
+    assert [token for _, start, stop in runs for token in range(start, stop)] == list(
+        range(packed.num_tokens)
+    )
+    owners = packed.spread(torch.tensor(packed.members)).tolist()
+    assert all(set(owners[start:stop]) == {member} for member, start, stop in runs)
+    assert all(one[0] != other[0] for one, other in pairwise(runs))
+
+
+@given(layouts())
+def test_groups_cover_each_request_once(layout):
+    packed = pack(*layout)
+    assert sorted(i for group in packed.groups for i in group.requests) == list(range(len(packed)))
+    for group in packed.groups:
+        assert {packed.lengths[i] for i in group.requests} == {group.queries}
+        assert list(group.keys) == [packed.past[i] + packed.lengths[i] for i in group.requests]
+        assert group.has_past == any(packed.past[i] for i in group.requests)
+        assert group.num_tokens == len(packed.tokens(group.requests))
+
+
+@given(layouts())
+def test_restoring_undoes_the_grouping(layout):
+    packed = pack(*layout)
+    tokens = torch.arange(packed.num_tokens)
+    grouped = tokens if packed.grouped is None else tokens[packed.grouped]
+    assert grouped.tolist() == [t for g in packed.groups for t in packed.tokens(g.requests).tolist()]
+    restored = grouped if packed.restored is None else grouped[packed.restored]
+    assert torch.equal(restored, tokens)
+
+
+def test_single_tokens_of_like_history_share_a_call():
+    packed = pack([1, 5, 1, 1], [10, 0, 400, 12], [0, 0, 0, 0])
+    assert sorted(sorted(group.requests) for group in packed.groups) == [[0, 3], [1], [2]]
+
+
+def test_groups_in_packed_order_need_no_restoring():
+    assert pack([3, 2], [0, 0], [0, 0]).grouped is None
