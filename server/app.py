@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from server.engine import Engine
 from server.routes import adapters, chat, classify, completions, errors, health, models
@@ -22,7 +23,8 @@ def create_app(engine: Engine) -> FastAPI:
         yield
         await engine.stop()
 
-    app = FastAPI(
+    # FastAPI itself would have browsers fetch the scripts of /docs from a public server.
+    app = FastAPIOffline(
         title="MoLEx serve",
         version=version("molex-serve"),
         description="Classification and generation with many MoLEx and LoRA adapters on one base.",

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 
 def test_probes_follow_the_engine(live, monkeypatch):
     assert live.http.get("/livez").text == "ok"
@@ -10,6 +12,11 @@ def test_probes_follow_the_engine(live, monkeypatch):
 
 
 def test_the_documentation_lists_every_endpoint(live):
-    assert live.http.get("/docs").status_code == 200
+    page = live.http.get("/docs")
+    assert page.status_code == 200
+    assert "//cdn." not in page.text
+    script = re.search(r'src="([^"]+)"', page.text)
+    assert script is not None
+    assert live.http.get(script[1]).status_code == 200
     paths = live.http.get("/openapi.json").json()["paths"]
     assert {"/v1/classify", "/v1/completions", "/v1/chat/completions", "/metrics"} <= set(paths)
