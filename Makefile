@@ -65,9 +65,9 @@ format: $(READY) ## Rewrite the sources in the project's style
 test: $(READY) ## Run the tests
 	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
 
-bench: models ## Run every benchmark and print its table
-	@for script in benchmarks/bench_*.py; do \
-		echo "==> $$script"; $(BIN)/python "$$script" || exit 1; done
+bench: models ## Run every benchmark and print its figures
+	@for script in $(notdir $(basename $(wildcard benchmarks/bench_*.py))); do \
+		echo "==> benchmarks.$$script"; $(BIN)/python -m benchmarks.$$script || exit 1; done
 
 clean: ## Remove caches and build output; keep .venv and .models
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

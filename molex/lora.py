@@ -132,7 +132,7 @@ class BatchLora:
 
 
 # Where the wide product stops being cheaper than a call for each adapter: floating-point operations that
-# fit in the overhead of one small call. Measured by benchmarks/low_rank.py; only the ratio matters.
+# fit in the overhead of one small call. See benchmarks/bench_kernels.py.
 OPERATIONS_PER_CALL = 2_000_000
 
 

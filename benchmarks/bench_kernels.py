@@ -1,0 +1,89 @@
+"""The choices that the engine makes between ways to compute the same thing.
+
+    python -m benchmarks.bench_kernels [--rounds 15]
+
+Linear layers with plain and with prepacked weights; low-rank updates of many adapters as one gated
+product and as one product for each; attention request by request and padded, in float32 and bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.common import Contestant, machine, measure, report, sentences
+from molex.lora import LowRank, low_rank_gated, low_rank_segments
+from molex.prepack import PrepackedLinear
+
+
+def ratios_to(first: str, medians: dict[str, float]) -> dict[str, float]:
+    return {f"{first} / {name}": medians[first] / medians[name] for name in medians if name != first}
+
+
+def linear(rounds: int, rows: int, dtype: torch.dtype) -> None:
+    plain = torch.nn.Linear(768, 3072, dtype=dtype).requires_grad_(False)
+    prepacked = PrepackedLinear(plain)
+    x = torch.randn(1, rows, 768, dtype=dtype)
+    contestants: dict[str, Contestant] = {"plain": lambda: plain(x), "prepacked": lambda: prepacked(x)}
+    medians = measure(contestants, rounds)
+    report(f"linear 768 → 3072, {rows} rows, {dtype}", medians, ratios_to("plain", medians))
+
+
+def low_rank(rounds: int, adapters: int, rows_each: int) -> None:
+    size, rank = 768, 8
+    updates = [LowRank(torch.randn(rank, size), torch.randn(size, rank), 2.0) for _ in range(adapters)]
+    x, y = torch.randn(adapters * rows_each, size), torch.zeros(adapters * rows_each, size)
+    segments = [(update, n * rows_each, (n + 1) * rows_each) for n, update in enumerate(updates)]
+    a, b = torch.cat([u.a for u in updates]), torch.cat([u.b.T for u in updates])
+    owners = torch.arange(adapters).repeat_interleave(rows_each)[:, None]
+    gates = 2.0 * (owners == torch.arange(adapters).repeat_interleave(rank))
+    contestants: dict[str, Contestant] = {
+        "gated": lambda: low_rank_gated(y, x, a, b, gates),
+        "segments": lambda: low_rank_segments(y, x, segments),
+    }
+    medians = measure(contestants, rounds)
+    title = f"low rank: {adapters} adapters of rank {rank}, {rows_each} rows each"
+    report(title, medians, ratios_to("gated", medians))
+
+
+def attention(rounds: int, dtype: torch.dtype) -> None:
+    lengths = [len(ids) for ids in sentences(64, seed=1)]
+    longest = max(lengths)
+    rows = torch.randn(sum(lengths), 12, 64).to(dtype)
+    padded = torch.randn(len(lengths), 12, longest, 64).to(dtype)
+    mask = (torch.arange(longest) < torch.tensor(lengths)[:, None])[:, None, None]
+
+    def alone(rows: Tensor) -> list[Tensor]:
+        pieces = [piece.transpose(0, 1)[None] for piece in rows.split(lengths)]
+        return [functional.scaled_dot_product_attention(x, x, x) for x in pieces]
+
+    contestants: dict[str, Contestant] = {
+        "padded": lambda: functional.scaled_dot_product_attention(padded, padded, padded, mask),
+        "request by request": lambda: alone(rows),
+    }
+    if dtype == torch.bfloat16:
+        contestants["request by request, widened"] = lambda: alone(rows.float())
+    medians = measure(contestants, rounds)
+    title = f"attention: {len(lengths)} requests of 6 to {longest} tokens, {dtype}"
+    report(title, medians, ratios_to("padded", medians))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
+    print(machine())
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.bfloat16):
+            for rows in (16, 128, 1024):
+                linear(rounds, rows, dtype)
+            attention(rounds, dtype)
+        for adapters, rows_each in ((8, 1), (32, 1), (8, 20), (32, 40)):
+            low_rank(rounds, adapters, rows_each)
+
+
+if __name__ == "__main__":
+    main()
