@@ -22,8 +22,10 @@ from typing import IO, Annotated, Any
 
 import httpx
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 PROJECT = Path(__file__).resolve().parents[1]
 BASES = {"e5-small": ".models/e5-small", "smollm2": ".models/smollm2-135m-instruct"}
@@ -52,8 +54,8 @@ RESTAURANTS = (
 )
 CHAT = "Name three fruits. Answer in one short sentence."
 
-# A pipe or a file has no width of its own: wide enough that no cell wraps there.
-console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
+# A pipe or a file has no width of its own: wide enough there that no cell of the first table wraps.
+console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
 
 
 class DemoError(Exception):
@@ -194,7 +196,9 @@ async def generate(http: httpx.AsyncClient, path: str, prompt: str, body: dict[s
     assert first_token is not None
     assert routes is not None
     total = time.perf_counter() - begin
-    return Generated(model, prompt, text.strip(), routes, tokens, 1000 * (first_token - begin), 1000 * total)
+    return Generated(
+        model, prompt, " ".join(text.split()), routes, tokens, 1000 * (first_token - begin), 1000 * total
+    )
 
 
 async def _events(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> AsyncIterator[Any]:
@@ -237,7 +241,7 @@ async def ask_everything(url: str) -> list[Classified | Generated | BaseExceptio
 
 
 def classification_table(answers: Sequence[Classified]) -> Table:
-    table = Table(title="Classification (ms)", title_justify="left")
+    table = Table(title="Classification (ms)", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("adapter", "text", "label"):
         table.add_column(name, no_wrap=name != "text")
     table.add_column("probability", justify="right")
@@ -251,13 +255,15 @@ def classification_table(answers: Sequence[Classified]) -> Table:
 
 
 def generation_table(answers: Sequence[Generated]) -> Table:
-    table = Table(title="Generation, streamed (ms)", title_justify="left", show_lines=True)
+    table = Table(
+        title="Generation, streamed (ms)", title_justify="left", box=box.SIMPLE_HEAD, show_lines=True
+    )
     table.add_column("model", no_wrap=True)
     table.add_column("prompt, text, layer chosen at each depth")
     for name in ("tokens", "first token", "total"):
         table.add_column(name, justify="right")
     for a in answers:
-        cell = f"[dim]{a.prompt}[/dim]\n{a.text}\n[dim]{_route(a.routes)}[/dim]"
+        cell = Text.assemble((f"{a.prompt}\n", "dim"), a.text, (f"\n{_route(a.routes)}", "dim"))
         table.add_row(a.model, cell, str(a.tokens), f"{a.first_token:.0f}", f"{a.total:.0f}")
     return table
 

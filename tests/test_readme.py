@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from examples.demo import ADAPTERS, BASES, running_server
+from examples.demo import ADAPTERS, BASES, RESTAURANTS, TEXTS, ask_everything, running_server
 from scripts.readme_output import PROJECT, README, Example, examples, run
 from server.cli import app
 from server.settings import Settings
@@ -46,6 +47,12 @@ def test_example_prints_what_the_readme_shows(example: Example, url):
         assert printed.strip()
     else:
         assert_lines_alike(printed.splitlines(), example.output.splitlines())
+
+
+def test_demo_gets_an_answer_to_everything(url):
+    answers = asyncio.run(ask_everything(url))
+    assert [answer for answer in answers if isinstance(answer, BaseException)] == []
+    assert len(answers) == sum(map(len, TEXTS.values())) + len(RESTAURANTS) + 1
 
 
 def assert_alike(printed: Any, shown: Any, key: str = "") -> None:
