@@ -49,10 +49,12 @@ class Task:
 
 
 TASKS = {
+    "TREC": Task("trec", "accuracy", epochs=3),
     "SST-2": Task("sst2", "accuracy", epochs=2),
     "CoLA": Task("cola", "matthews", epochs=3, reported="dev", held_out=True),
-    "TREC": Task("trec", "accuracy", epochs=3),
 }
+
+Results = Annotated[Path, typer.Option(help="One JSON line for each finished run.")]
 
 
 @dataclass(frozen=True)
@@ -203,14 +205,14 @@ def _line(name: str, task: Task, method: str, rows: list[dict[str, Any]]) -> str
 def run_grid(
     base: Path = Path(".models/e5-small"),
     data: Path = Path("../shared/data"),
-    work: Annotated[Path, typer.Option(help="Results and adapters.")] = Path(".quality"),
+    work: Annotated[Path, typer.Option(help="Adapters and checkpoints.")] = Path(".quality"),
+    results: Results = Path("docs/quality.jsonl"),
     dtype: Annotated[Dtype, typer.Option(help="Of the base.")] = "bfloat16",
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, of one thread each.")] = 2,
 ) -> None:
     """Train and measure every cell that has no result yet."""
     setup = Setup(base, data, work, dtype)
     hold_out(setup)
-    results = work / "results.jsonl"
     done = {Run(row["task"], row["method"], row["seed"]) for row in read_results(results)}
     missing = [run for run in all_runs() if run not in done]
     failed = 0
@@ -237,9 +239,9 @@ def run_grid(
 
 
 @app.command("table")
-def print_table(work: Path = Path(".quality")) -> None:
+def print_table(results: Results = Path("docs/quality.jsonl")) -> None:
     """Print the results as a Markdown table."""
-    print(table(read_results(work / "results.jsonl")))
+    print(table(read_results(results)))
 
 
 if __name__ == "__main__":
