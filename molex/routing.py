@@ -110,12 +110,15 @@ def load_balance(election: Election) -> Tensor:
 
 @dataclass(frozen=True)
 class _Electorate:
-    """Requests that vote by one rule: `tokens` are their voting tokens, in order of the requests."""
+    """Requests that vote by one rule.
+
+    `tokens` are their voting tokens, in order of the requests; None where those are all packed tokens.
+    """
 
     molex: MolexConfig
     requests: list[int]
     lengths: list[int]
-    tokens: Tensor
+    tokens: Tensor | None
     owners: Tensor
 
 
@@ -198,16 +201,19 @@ class Router:
         assert molex is not None
         device = self.packed.device
         lengths = [self.voters[i] for i in requests]
-        everything = torch.arange(self.packed.num_tokens, device=device)
-        starts = [self.packed.offsets[i] for i in requests]
-        tokens = torch.cat([everything[s : s + n] for s, n in zip(starts, lengths, strict=True)])
+        tokens: Tensor | None = None
+        if sum(lengths) < self.packed.num_tokens:
+            everything = torch.arange(self.packed.num_tokens, device=device)
+            starts = [self.packed.offsets[i] for i in requests]
+            tokens = torch.cat([everything[s : s + n] for s, n in zip(starts, lengths, strict=True)])
         owners = torch.arange(len(requests), device=device).repeat_interleave(
             torch.tensor(lengths, device=device)
         )
         return _Electorate(molex, requests, lengths, tokens, owners)
 
     def _vote(self, electorate: _Electorate, depth: int, hidden: Tensor) -> Election:
-        logits = self._gate_logits(electorate, depth, hidden[electorate.tokens])
+        voting = hidden if electorate.tokens is None else hidden[electorate.tokens]
+        logits = self._gate_logits(electorate, depth, voting)
         vote, top_k = electorate.molex.vote, electorate.molex.top_k
         election = elect(logits, electorate.owners, len(electorate.requests), vote, top_k)
         if torch.is_grad_enabled():
