@@ -115,6 +115,13 @@ def test_every_http_route_is_listed():
     assert {f"{method.upper()} {path}" for method, path in declared} <= shown
 
 
+@pytest.mark.parametrize("page", ["README.md", "examples/README.md", "docs/architecture.md"])
+def test_links_lead_to_files(page):
+    path = PROJECT / page
+    links = re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8"))
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
 def map_entries() -> set[str]:
     """Paths of the map; those of folders end with a slash."""
     found = re.search(r"<!-- map -->\n```text\n(.*?)```", TEXT, re.DOTALL)
