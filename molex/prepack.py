@@ -2,8 +2,8 @@
 
 PyTorch hands float32 products to MKL, which runs at half speed on CPUs that are not Intel's, and lets oneDNN
 reorder a bfloat16 weight at every call. Weights in oneDNN's own layout avoid both: on a Zen 5 core 2.2 times
-as fast in float32, and in bfloat16 from 1.1 times (a thousand rows) to 1.4 times (sixteen rows) as fast
-(`benchmarks/bench_kernels.py`). They replace the plain weights, so they cost no memory, and take no gradients.
+as fast in float32, and in bfloat16 from 1.1 times (a thousand rows) to 1.4 times (sixteen rows) as fast. See
+`benchmarks/bench_kernels.py`. They replace the plain weights, so they cost no memory, and take no gradients.
 """
 
 from __future__ import annotations
