@@ -254,9 +254,10 @@ def test_other_dtypes_than_floating_point_are_refused(folder, dtype):
     assert "expected floating point" in refusal(folder, QUERY_A)
 
 
-@pytest.mark.xfail(strict=True, raises=NotImplementedError, reason="torch has no isfinite for float8_e4m3fn")
-def test_float8_is_refused(folder):
-    change_tensors(folder, lambda tensors: tensors | {QUERY_A: torch.ones(4, SIZE).to(torch.float8_e4m3fn)})
+@pytest.mark.xfail(strict=True, reason="one float8 is loaded; for the other torch has no isfinite")
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn], ids=str)
+def test_float8_is_refused(folder, dtype):
+    change_tensors(folder, lambda tensors: tensors | {QUERY_A: torch.ones(4, SIZE).to(dtype)})
     refusal(folder, QUERY_A)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from molex.config import AdapterConfig, GateConfig, MolexConfig, VoteConfig
-from molex.config_file import config_fields, parse_config
+from molex.config_file import INFORMATIVE, config_fields, parse_config
 from molex.errors import AdapterError
 
 LAYERS = 6
@@ -79,6 +81,27 @@ configs = st.builds(
 @given(configs, st.sampled_from([(), ("classifier",), ("pooler", "classifier"), ("score",)]))
 def test_what_is_written_is_read_back(config, head_modules):
     assert parse_config(json.dumps(config_fields(config, head_modules)), LAYERS) == config
+
+
+SPECIFICATION = (Path(__file__).parents[2] / "docs" / "adapter-format.md").read_text()
+
+
+def test_the_examples_of_the_specification_are_read():
+    lora, molex = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", SPECIFICATION, re.DOTALL))
+    for fields, kind in ((lora, "lora"), (molex, "molex")):
+        config = parse_config(json.dumps(fields), 12)
+        assert config.kind == kind
+        assert config_fields(config, ["classifier"]) == fields
+
+
+def test_the_specification_lists_every_field():
+    nested = [f"{name}.{field}" for name, value in MOLEX.items() if type(value) is dict for field in value]
+    plain = [name for name, value in MOLEX.items() if type(value) is not dict]
+    defaults = ["lora_dropout", "use_rslora", "layers_to_transform", "modules_to_save", "id2label", "bias"]
+    for name in [*nested, *plain, *defaults, "base_model_name_or_path", "init_lora_weights"]:
+        assert f"| `{name}` |" in SPECIFICATION, name
+    for name in INFORMATIVE:
+        assert f"`{name}`" in SPECIFICATION, name
 
 
 def changed(fields, path, value):
