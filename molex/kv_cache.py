@@ -6,8 +6,10 @@ layer, because the layers disagree about what a token's key is. A request owns o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,14 +23,25 @@ class CacheFullError(MolexError):
     """Every slot is taken."""
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that take memory only where something is written, on a CPU.
+
+    PyTorch writes its zeros; NumPy asks the operating system for zeroed pages, which come into being at the
+    first write. Slots that are never used, and the ends of those that are, cost nothing.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
+
+
 class DepthCache:
     """Keys and values of one depth: `keys` and `values` [streams · slots, heads, max_length, head_dim]."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        # Zeros, not empty memory: masked positions are multiplied by 0, and 0 · NaN would be NaN. The
-        # operating system hands out zeroed pages when they are first written, so unused slots cost nothing.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        # Zeros, not empty memory: masked positions are multiplied by 0, and 0 · NaN would be NaN.
+        self.keys = _zeros(shape, dtype, device)
+        self.values = _zeros(shape, dtype, device)
 
     def write(self, streams: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [n, heads, head_dim] of n tokens at their streams [n] and positions [n]."""
