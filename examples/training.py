@@ -48,7 +48,7 @@ def main() -> None:
         for method in METHODS:
             output = Path(folder) / method
             arguments = TrainArguments(
-                base=str(BASE), method=method, train=data, eval=data, output=output, epochs=15, batch_size=4
+                base=str(BASE), method=method, train=data, eval=data, output=output, epochs=8, batch_size=4
             )
             record = train_adapter(arguments, base)
             print(f"{method}: accuracy {record['metrics']['accuracy']:.2f} on its own training sentences")

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -53,6 +54,13 @@ def test_demo_gets_an_answer_to_everything(url):
     answers = asyncio.run(ask_everything(url))
     assert [answer for answer in answers if isinstance(answer, BaseException)] == []
     assert len(answers) == sum(map(len, TEXTS.values())) + len(RESTAURANTS) + 1
+
+
+@pytest.mark.parametrize("script", ["client.py", "offline.py", "training.py"])
+def test_example_script_runs(script, url):
+    command = [sys.executable, str(PROJECT / "examples" / script), *([url] if script == "client.py" else [])]
+    done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True, timeout=300)
+    assert len(done.stdout.splitlines()) > 3
 
 
 def assert_alike(printed: Any, shown: Any, key: str = "") -> None:
