@@ -26,6 +26,7 @@ from molex.heads import POOLER, Shape, output_name
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_adapter(
@@ -46,9 +47,11 @@ def read_adapter(
         tensors = load(weights_bytes)
     except (SafetensorError, ValueError, KeyError) as error:
         raise AdapterError(WEIGHTS_NAME, f"not a safetensors file ({error})") from error
-    _check_tensors(config, spec, tensors)
     kept = torch.promote_types(dtype, torch.float32)
-    moved = {name: tensor.to(device, kept) for name, tensor in tensors.items()}
+    _check_names_and_shapes(config, spec, tensors)
+    converted = {name: _converted(name, tensor, kept) for name, tensor in tensors.items()}
+    _check_effect(converted)
+    moved = {name: tensor.to(device) for name, tensor in converted.items()}
     return assemble(config, spec, moved, digest=_digest(config_bytes, weights_bytes))
 
 
@@ -69,7 +72,7 @@ def _digest(*contents: bytes) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _check_tensors(config: AdapterConfig, spec: BaseSpec, tensors: Mapping[str, Tensor]) -> None:
+def _check_names_and_shapes(config: AdapterConfig, spec: BaseSpec, tensors: Mapping[str, Tensor]) -> None:
     expected = _expected_shapes(config, spec, tensors)
     for name in tensors:
         if name not in expected:
@@ -77,9 +80,8 @@ def _check_tensors(config: AdapterConfig, spec: BaseSpec, tensors: Mapping[str, 
     for name, shape in expected.items():
         if name not in tensors:
             raise AdapterError(name, f"missing in {WEIGHTS_NAME}")
-        _check_tensor(name, tensors[name], shape)
-    if MIX in tensors and not tensors[MIX][:, 1].any():
-        raise AdapterError(MIX, "has no effect: every w_routed is 0")
+        if tuple(tensors[name].shape) != shape:
+            raise AdapterError(name, f"has shape {list(tensors[name].shape)}, expected {list(shape)}")
 
 
 def _expected_shapes(
@@ -96,22 +98,30 @@ def _expected_shapes(
     if spec.head == "bert" and not pooler and not spec.has_pooler:
         raise AdapterError(f"{PEFT_PREFIX}{POOLER}.weight", "missing, and the base model has no pooler")
     num_labels = tensors[output].shape[0] if tensors[output].ndim else 0
+    if not num_labels:
+        raise AdapterError(output, "has no labels")
     if config.id2label is not None and len(config.id2label) != num_labels:
         raise AdapterError("id2label", f"{len(config.id2label)} names for {num_labels} labels")
     return tensor_shapes(config, spec, num_labels, pooler=pooler)
 
 
-def _check_tensor(name: str, tensor: Tensor, shape: Shape) -> None:
-    if tuple(tensor.shape) != shape:
-        raise AdapterError(name, f"has shape {list(tensor.shape)}, expected {list(shape)}")
-    if not tensor.is_floating_point():
-        raise AdapterError(
-            name, f"has dtype {str(tensor.dtype).removeprefix('torch.')}, expected floating point"
-        )
-    if not tensor.isfinite().all():
+def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor as it will be used, and nothing that this precision cannot hold."""
+    if tensor.dtype not in DTYPES:
+        given = str(tensor.dtype).removeprefix("torch.")
+        raise AdapterError(name, f"has dtype {given}, expected floating point of 16, 32 or 64 bits")
+    converted = tensor.to(dtype)
+    if not converted.isfinite().all():
         raise AdapterError(name, "has values that are not finite")
-    if name.endswith((".lora_A.weight", ".lora_B.weight")) and not tensor.any():
-        raise AdapterError(name, "has no effect: every value is 0")
+    return converted
+
+
+def _check_effect(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if name.endswith((".lora_A.weight", ".lora_B.weight")) and not tensor.any():
+            raise AdapterError(name, "has no effect: every value is 0")
+    if MIX in tensors and not tensors[MIX][:, 1].any():
+        raise AdapterError(MIX, "has no effect: every w_routed is 0")
 
 
 def write_adapter(adapter: Adapter, folder: str | Path) -> None:
@@ -131,8 +141,7 @@ def _head_modules(adapter: Adapter) -> list[str]:
     """What PEFT calls the modules that it saves whole."""
     if adapter.head is None:
         return []
-    names = [name.removeprefix("bert.").split(".")[0] for name in adapter.head.tensors]
-    return list(dict.fromkeys(names))
+    return sorted({name.removeprefix("bert.").split(".")[0] for name in adapter.head.tensors})
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -98,7 +99,8 @@ class BaseSpec:
     """The facts of a base model that an adapter must fit; no weights.
 
     `modules` gives the linear layers of a block and their (inputs, outputs); `prefix` is the path of the list
-    of blocks in PEFT's tensor names; `has_pooler` says whether a BERT base brings trained pooler weights;
+    of blocks in PEFT's tensor names; `token_types` is the number of token types, 0 where there are none;
+    `has_pooler` says whether a BERT base brings trained pooler weights;
     `digest` is `sha256:…` of the weights and their names.
     """
 
@@ -106,6 +108,7 @@ class BaseSpec:
     num_layers: int
     hidden_size: int
     vocab_size: int
+    token_types: int
     max_length: int
     modules: Mapping[str, tuple[int, int]]
     prefix: str
@@ -152,7 +155,10 @@ class Backbone:
         loader = AutoModelForCausalLM if FAMILIES[config.model_type].causal else AutoModel
         if config.model_type == "roberta":
             options["add_pooling_layer"] = False
-        model, info = loader.from_pretrained(base, output_loading_info=True, **options)
+        try:
+            model, info = loader.from_pretrained(base, output_loading_info=True, **options)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise BaseModelError(f"base model {str(base)!r}: {error}") from error
         missing = {key for key in info["missing_keys"] if "pooler" not in key}
         if missing:
             raise BaseModelError(f"base model {str(base)!r}: no weights for {sorted(missing)[0]}")
@@ -174,6 +180,7 @@ class Backbone:
             num_layers=len(self.layers),
             hidden_size=self.config.hidden_size,
             vocab_size=self.config.vocab_size,
+            token_types=getattr(self.config, "type_vocab_size", 0),
             max_length=self.family.max_length(self.config),
             modules=self._modules,
             prefix=f"{self.family.root}.{self.family.layers}",

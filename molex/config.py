@@ -70,6 +70,8 @@ class AdapterConfig:
     target_modules: tuple[str, ...]
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    """PEFT's note that the base keeps its weights as [in, out], as GPT-2 does. The factors are the same."""
     layers_to_transform: tuple[int, ...] | None = None
     molex: MolexConfig | None = None
     base_model_name_or_path: str = ""

@@ -31,7 +31,7 @@ MAX_PROJECTION_DIM = 65536
 INFORMATIVE = frozenset(
     (
         "auto_mapping",
-        "fan_in_fan_out",
+        "eva_config",
         "inference_mode",
         "megatron_core",
         "peft_version",
@@ -62,6 +62,7 @@ def parse_config(text: str | bytes, num_layers: int) -> AdapterConfig:
         target_modules=_take(fields, "target_modules", _strings),
         lora_dropout=_take(fields, "lora_dropout", _probability, 0.0),
         use_rslora=_take(fields, "use_rslora", _boolean, False),
+        fan_in_fan_out=_take(fields, "fan_in_fan_out", _boolean, False),
         layers_to_transform=_take(fields, "layers_to_transform", _optional(_depths(num_layers)), None),
         molex=_parse_molex(fields, num_layers) if peft_type == "MOLEX" else None,
         base_model_name_or_path=_take(fields, "base_model_name_or_path", _optional(_string), None) or "",
@@ -229,7 +230,9 @@ def _depths(num_layers: int) -> Callable[[Any], tuple[int, ...]]:
 
 
 def _head_modules(value: Any) -> tuple[str, ...]:
-    for name in value if type(value) is list else [value]:
+    if type(value) is not list:
+        raise ValueError("is not a list of module names")
+    for name in value:
         if name not in HEAD_MODULES:
             raise ValueError(f"names {_shown(name)}; only {', '.join(HEAD_MODULES)} can be saved along")
     return tuple(value)
@@ -240,6 +243,8 @@ def _labels(value: Any) -> dict[int, str]:
         raise ValueError("is not an object of label names")
     if list(value) != [str(i) for i in range(len(value))]:
         raise ValueError('has keys other than "0", "1", … in order')
+    if any("\ud800" <= character <= "\udfff" for label in value.values() for character in label):
+        raise ValueError("has a label with half of a surrogate pair, which is no text")
     return {int(i): label for i, label in value.items()}
 
 
@@ -254,6 +259,7 @@ def config_fields(config: AdapterConfig, head_modules: Iterable[str]) -> Mapping
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
+        "fan_in_fan_out": config.fan_in_fan_out,
         "target_modules": list(config.target_modules),
         "layers_to_transform": _list_or_none(config.layers_to_transform),
         "modules_to_save": list(head_modules) or None,

@@ -83,6 +83,8 @@ def _read_checkpoint(source: Path) -> tuple[Fields, Weights, _Layout]:
         fields = json.loads((source / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise ConversionError(f"{source.name}/config.json: cannot be read ({error})") from error
+    if not isinstance(fields, dict):
+        raise ConversionError(f"{source.name}/config.json: not a JSON object")
     for name, layout in (("pytorch_model.bin", ROBERTA), ("model.pt", GPT2)):
         if (source / name).is_file():
             return fields, _read_weights(source / name), layout
@@ -94,7 +96,10 @@ def _read_weights(path: Path) -> Weights:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged or malicious file
         raise ConversionError(f"{path.name}: cannot be read as plain weights ({error})") from error
-    state = state.get("model_state_dict", state)
+    if isinstance(state, dict):
+        state = state.get("model_state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ConversionError(f"{path.name}: does not hold tensors by name")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
@@ -104,9 +109,11 @@ def _get(weights: Weights, name: str) -> Tensor:
     return weights[name]
 
 
-def _field(fields: Fields, name: str) -> Any:
+def _number(fields: Fields, name: str) -> Any:
     if name not in fields:
         raise ConversionError(f"config.json: {name} is missing")
+    if type(fields[name]) not in (int, float):
+        raise ConversionError(f"config.json: {name} is not a number")
     return fields[name]
 
 
@@ -115,32 +122,37 @@ def _roberta_model(fields: Fields, weights: Weights) -> PreTrainedModel:
     dropped = {"model_type", "transformers_version", "architectures", "dtype"}
     config = RobertaConfig(**{k: v for k, v in fields.items() if k in known and k not in dropped})
     model = RobertaModel(config, add_pooling_layer=False)
-    return _fill(model, {name.removeprefix("roberta."): t for name, t in weights.items()})
+    return _fill(model, weights, "roberta.")
 
 
 def _gpt2_model(fields: Fields, weights: Weights) -> PreTrainedModel:
-    sizes = {name: _field(fields, name) for name in ("n_positions", "n_embd", "n_layer", "n_head")}
+    sizes = {name: _number(fields, name) for name in ("n_positions", "n_embd", "n_layer", "n_head")}
     config = GPT2Config(
         vocab_size=len(_get(weights, "transformer.wte.weight")), bos_token_id=None, eos_token_id=None, **sizes
     )
     tied = _get(weights, "lm_head.decoder.weight")
     if not torch.equal(tied, weights["transformer.wte.weight"]):
         raise ConversionError("lm_head.decoder.weight: differs from transformer.wte.weight, expected tied")
-    return _fill(GPT2LMHeadModel(config), weights | {"lm_head.weight": tied})
+    return _fill(GPT2LMHeadModel(config), weights | {"lm_head.weight": tied}, "")
 
 
-def _fill(model: PreTrainedModel, weights: Weights) -> PreTrainedModel:
+def _fill(model: PreTrainedModel, weights: Weights, prefix: str) -> PreTrainedModel:
     """Load the checkpoint's tensors that the stock model has. The others are the adapter's."""
-    own = model.state_dict()
-    model.load_state_dict({name: _get(weights, name) for name in own})
+    filled: Weights = {}
+    for name, tensor in model.state_dict().items():
+        filled[name] = _get(weights, prefix + name)
+        if filled[name].shape != tensor.shape:
+            shapes = f"has shape {list(filled[name].shape)}, expected {list(tensor.shape)}"
+            raise ConversionError(f"{prefix}{name}: {shapes}")
+    model.load_state_dict(filled)
     return model.eval()
 
 
 def _roberta_lora(fields: Fields, spec: BaseSpec, weights: Weights) -> tuple[AdapterConfig, Weights]:
     config = AdapterConfig(
         task_type="SEQ_CLS",
-        r=_field(fields, "lora_r"),
-        lora_alpha=float(_field(fields, "lora_alpha")),
+        r=_number(fields, "lora_r"),
+        lora_alpha=float(_number(fields, "lora_alpha")),
         target_modules=("query", "value"),
     )
     tensors = {PEFT_PREFIX + name: t for name, t in weights.items() if name.startswith("classifier.")}
@@ -159,10 +171,14 @@ def _gpt2_lora(fields: Fields, spec: BaseSpec, weights: Weights) -> tuple[Adapte
     One pair of twice the rank says the same: A stacks both, B places each in its own third. Twice the
     lora_alpha keeps the scaling.
     """
-    rank, size = _field(fields, "lora_attn_dim"), spec.hidden_size
-    alpha = 2.0 * _field(fields, "lora_attn_alpha")
+    rank, size = _number(fields, "lora_attn_dim"), spec.hidden_size
+    alpha = 2.0 * _number(fields, "lora_attn_alpha")
     config = AdapterConfig(
-        task_type="CAUSAL_LM", r=2 * rank, lora_alpha=alpha, target_modules=("attn.c_attn",)
+        task_type="CAUSAL_LM",
+        r=2 * rank,
+        lora_alpha=alpha,
+        target_modules=("attn.c_attn",),
+        fan_in_fan_out=True,
     )
     tensors: Weights = {}
     for layer in range(spec.num_layers):
@@ -176,14 +192,14 @@ def _gpt2_lora(fields: Fields, spec: BaseSpec, weights: Weights) -> tuple[Adapte
 
 
 def _molex_config(fields: Fields, spec: BaseSpec, layout: _Layout, weights: Weights) -> MolexConfig:
-    last = min(_field(fields, "layers_to_use") + layout.last_depth_offset, spec.num_layers)
+    last = min(_number(fields, "layers_to_use") + layout.last_depth_offset, spec.num_layers)
     cosine = bool(fields.get(layout.cosine_field))
     return MolexConfig(
         mixed_depths=tuple(range(last)),
         gate=GateConfig(
             kind="cosine" if cosine else "linear",
             scope="depth" if fields.get("use_indv_gate") else "shared",
-            projection_dim=_field(fields, "proj_dim") if cosine else None,
+            projection_dim=_number(fields, "proj_dim") if cosine else None,
             normalize="sequence" if cosine else "features",
         ),
         vote=VoteConfig(rule="mean" if fields.get("mean_mode") else "mode"),
@@ -206,7 +222,7 @@ def _molex_tensors(fields: Fields, molex: MolexConfig, layout: _Layout, weights:
 def _pair(fields: Fields, layout: _Layout, depth: int, weights: Weights) -> Tensor:
     """(w_own, w_routed) [2] of one depth."""
     if not fields.get("use_learn_weight"):
-        return torch.tensor([_field(fields, "weight_main_init"), _field(fields, "weight_other_init")])
+        return torch.tensor([_number(fields, "weight_main_init"), _number(fields, "weight_other_init")])
     own = f"{layout.block}.{depth}"
     scope = own if f"{own}.weight_main" in weights else layout.stack
     raw = torch.cat([_get(weights, f"{scope}.weight_{which}") for which in ("main", "other")])

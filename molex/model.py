@@ -176,6 +176,9 @@ class MolexModel:
         for argument, values in given.items():
             if len(values) != count:
                 raise InputError(f"{argument}: {len(values)} given for {count} requests")
+        for number, ids in enumerate(input_ids):
+            if not all(isinstance(token, int) for token in ids):
+                raise InputError(f"request {number}: a token id is not a whole number")
         rows = [
             Row(ids, self._resident(name), voters=n, token_type_ids=t)
             for ids, name, n, t in zip(input_ids, names, voters, types, strict=True)
@@ -205,7 +208,7 @@ class MolexModel:
         if not rows:
             return RunOutput([], [], torch.zeros(()), RunStats(0, 0, 0))
         for number, row in enumerate(rows):
-            self._check(number, row)
+            self._check(number, row, cache)
         batch = self._pack(rows, cache)
         packed = batch.packed
         voters = [len(row.token_ids) if row.voters is None else row.voters for row in batch.rows]
@@ -235,7 +238,7 @@ class MolexModel:
             RunStats(packed.num_tokens, len(batch.adapters), distinct_layers),
         )
 
-    def _check(self, number: int, row: Row) -> None:
+    def _check(self, number: int, row: Row, cache: KVCache | None) -> None:
         """Refuse what would make the embedding or the cache fail for the whole batch."""
         length, limit = row.start + len(row.token_ids), self.spec.max_length
         if not len(row.token_ids):
@@ -246,8 +249,18 @@ class MolexModel:
             raise InputError(f"request {number}: a token id is not in 0..{self.spec.vocab_size - 1}")
         if row.voters is not None and not 1 <= row.voters <= len(row.token_ids):
             raise InputError(f"request {number}: {row.voters} of {len(row.token_ids)} tokens cannot vote")
-        if row.token_type_ids is not None and len(row.token_type_ids) != len(row.token_ids):
-            raise InputError(f"request {number}: as many token types as tokens are needed")
+        if row.slot is not None and (cache is None or length > cache.max_length):
+            raise InputError(f"request {number}: {length} tokens do not fit its cache slot")
+        if row.token_type_ids is not None:
+            self._check_types(number, row.token_type_ids, len(row.token_ids))
+
+    def _check_types(self, number: int, types: Sequence[int], length: int) -> None:
+        if not self.spec.token_types:
+            raise InputError(f"request {number}: {self.spec.model_type} has no token types")
+        if len(types) != length:
+            raise InputError(f"request {number}: {len(types)} token types for {length} tokens")
+        if not 0 <= min(types) <= max(types) < self.spec.token_types:
+            raise InputError(f"request {number}: a token type is not in 0..{self.spec.token_types - 1}")
 
     def _pack(self, rows: Sequence[Row], cache: KVCache | None) -> _Batch:
         """Order the rows by adapter, so that each adapter's tokens are neighbours."""

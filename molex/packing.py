@@ -118,15 +118,20 @@ class Packed:
         A request of several tokens runs alone: on a CPU, padding and gathering cost more than the calls that
         they save. Single tokens, as in decoding, run together with those of similar history.
         """
-        single = [i for i in range(len(self)) if self.lengths[i] == 1]
         calls = [[i] for i in range(len(self)) if self.lengths[i] > 1]
+        single = [i for i in range(len(self)) if self.lengths[i] == 1]
         for i in sorted(single, key=self.past.__getitem__, reverse=True):
-            longest = self.past[calls[-1][0]] if calls and self.lengths[calls[-1][0]] == 1 else None
-            if longest is not None and 2 * (longest - self.past[i]) <= longest + 64:
+            if calls and self._share_a_call(calls[-1][0], i):
                 calls[-1].append(i)
             else:
                 calls.append([i])
         return [self._group(sorted(requests)) for requests in calls]
+
+    def _share_a_call(self, longest: int, request: int) -> bool:
+        """Whether both run one token, little is padded, and either both have cached keys or none has."""
+        if self.lengths[longest] > 1 or bool(self.past[longest]) != bool(self.past[request]):
+            return False
+        return 2 * (self.past[longest] - self.past[request]) <= self.past[longest] + 64
 
     def _group(self, requests: list[int]) -> AttentionGroup:
         keys = tuple(self.lengths[i] + self.past[i] for i in requests)

@@ -53,10 +53,10 @@ class Reference:
         positions = torch.arange(len(token_ids))[None]
         types = None if token_type_ids is None else torch.tensor([token_type_ids])
         z = self.family.embed(self.base, tokens, positions, types)
-        options = self._layer_options(z, positions)
+        options = [self._layer_options(block, z, positions) for block in self.layers]
         choices: list[Choice] = []
         for depth in range(len(self.layers)):
-            own = self._run_layer(depth, z, adapter, options)
+            own = self._run_layer(depth, z, adapter, options[depth])
             if depth not in adapter.gates:
                 z = own
                 continue
@@ -66,19 +66,19 @@ class Reference:
             w_own, w_routed = adapter.mixing_pairs()[n].to(z.dtype)
             routed = torch.zeros_like(own)
             for layer, weight in zip(choice.layers, choice.weights, strict=True):
-                routed += weight * self._run_layer(layer, z, adapter, options)
+                routed += weight * self._run_layer(layer, z, adapter, options[layer])
             z = w_own * own + w_routed * routed
             choices.append(choice)
         return self._logits(z[0], adapter), tuple(choices)
 
-    def _layer_options(self, z: Tensor, positions: Tensor) -> dict[str, Any]:
+    def _layer_options(self, block: Any, z: Tensor, positions: Tensor) -> dict[str, Any]:
         """A causal mask (0 and -inf, added to the scores) and rotations, where the family has them."""
         length = z.shape[1]
         options: dict[str, Any] = {"attention_mask": None}
         if self.family.causal:
             mask = torch.full((length, length), float("-inf"), dtype=z.dtype).triu(1)
-            window = getattr(self.base.config, "sliding_window", None)
-            if window is not None and getattr(self.base.config, "use_sliding_window", True):
+            window = _window(block, self.base.config)
+            if window is not None:
                 mask += torch.full((length, length), float("-inf"), dtype=z.dtype).tril(-window)
             options["attention_mask"] = mask[None, None]
         if self.family.rotary:
@@ -105,8 +105,9 @@ class Reference:
         probabilities = logits.softmax(dim=-1).mean(dim=0).tolist()
         scores = _scores(logits, molex, probabilities)
         layers = sorted(range(len(scores)), key=lambda layer: (-scores[layer], layer))[: molex.top_k]
-        total = sum(probabilities[layer] for layer in layers)
-        return Choice(tuple(layers), tuple(probabilities[layer] / total for layer in layers))
+        chosen = [probabilities[layer] for layer in layers]
+        shares = [p / sum(chosen) if sum(chosen) else 1 / len(chosen) for p in chosen]
+        return Choice(tuple(layers), tuple(shares))
 
     def _logits(self, hidden: Tensor, adapter: Adapter) -> Tensor:
         if self.family.norm is not None:
@@ -115,6 +116,12 @@ class Reference:
             pooled = hidden[:1] if adapter.head.pools_first_token else hidden[-1:]
             return adapter.head.logits(pooled, lambda rows: self.base.pooler(rows[:, None]))[0]
         return hidden if self.lm_head is None else self.lm_head(hidden)
+
+
+def _window(block: Any, config: Any) -> int | None:
+    """How many tokens a block sees back: Qwen2 sets it for each layer, Mistral for all."""
+    own = getattr(block.self_attn, "sliding_window", None) if hasattr(block, "self_attn") else None
+    return own or (config.sliding_window if config.model_type == "mistral" else None)
 
 
 def _scores(logits: Tensor, molex: MolexConfig, probabilities: list[float]) -> list[float]:

@@ -14,6 +14,8 @@ from molex.adapter import Adapter
 from molex.config import MolexConfig, VoteConfig
 from molex.packing import Packed
 
+SMALLEST_PROBABILITY = 1e-12
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -84,8 +86,13 @@ def elect(logits: Tensor, owners: Tensor, num_requests: int, vote: VoteConfig, t
     else:
         scores = _mean_by_request(logits.sigmoid(), owners, num_requests)
     layers = scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    chosen = probabilities.gather(1, layers)
-    return Election(layers, chosen / chosen.sum(dim=-1, keepdim=True), probabilities, first_choices)
+    return Election(layers, _shares(probabilities.gather(1, layers)), probabilities, first_choices)
+
+
+def _shares(chosen: Tensor) -> Tensor:
+    """Probabilities [v, k] scaled to sum to 1; even shares where all of them are too small for a float."""
+    total = chosen.sum(dim=-1, keepdim=True)
+    return torch.where(total > 0, chosen / total, torch.full_like(chosen, 1 / chosen.shape[1]))
 
 
 def _sum_by_request(values: Tensor, owners: Tensor, num_requests: int) -> Tensor:
@@ -240,12 +247,14 @@ class Router:
         """The weights [v, k] of the chosen layers, through which a straight-through gate is trained.
 
         With `straight_through` each weight is multiplied by p / stop_gradient(p), which is 1 in value and
-        hands the gradient of the routed output's weight to the gate's probability p of that layer.
+        hands the gradient of the routed output's weight to the gate's probability p of that layer. It is
+        written as 1 + (p - stop_gradient(p)) / stop_gradient(p), which is 1 for a p of 0 too.
         """
         if molex.gate_gradient == "none" or not torch.is_grad_enabled():
             return election.weights.detach()
         p = election.probabilities.gather(1, election.layers)
-        return election.weights.detach() * (p / p.detach())
+        constant = p.detach()
+        return election.weights.detach() * (1 + (p - constant) / constant.clamp_min(SMALLEST_PROBABILITY))
 
     def _plan(
         self, depth: int, mixing: list[int], entries: list[tuple[int, int, int]], shares: Tensor

@@ -32,10 +32,6 @@ def load_base(name: str, source: str, settings: Settings) -> Base:
     """
     model = MolexModel.from_pretrained(source, dtype=getattr(torch, settings.dtype))
     model.prepack()
-    tokenization = Tokenization.from_pretrained(
-        source,
-        max_length=min(settings.max_length, model.spec.max_length),
-        vocab_size=model.spec.vocab_size,
-    )
+    tokenization = Tokenization.from_pretrained(source, model.spec, max_length=settings.max_length)
     runner = ModelRunner(model, tokenization, max_sequences=settings.max_sequences)
     return Base(name, model, tokenization, runner)

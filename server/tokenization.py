@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
+from molex.backbone import BaseSpec
+from molex.tokenizer import load_tokenizer
 from server.errors import ErrorKind, ServiceError
 
 TextOrPair = str | list[str]
@@ -41,11 +43,12 @@ class Tokenization:
         tokenizer("a")
 
     @classmethod
-    def from_pretrained(cls, source: str, *, max_length: int, vocab_size: int) -> Tokenization:
+    def from_pretrained(cls, source: str, spec: BaseSpec, *, max_length: int) -> Tokenization:
         """Load the tokenizer of a local folder or hub id."""
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source, spec)
         stop_ids = frozenset(_stop_ids(tokenizer, source))
-        return cls(tokenizer, max_length=max_length, vocab_size=vocab_size, stop_ids=stop_ids)
+        max_length = min(max_length, spec.max_length)
+        return cls(tokenizer, max_length=max_length, vocab_size=spec.vocab_size, stop_ids=stop_ids)
 
     def encode(self, inputs: Sequence[TextOrPair], param: str, *, reserve: int = 0) -> list[Prompt]:
         """Tokenize texts or pairs, leaving room for `reserve` more tokens.

@@ -84,7 +84,14 @@ def adapter_config(
     spec: BaseSpec, *, task: str = "SEQ_CLS", r: int = 4, molex: MolexConfig | None = None
 ) -> AdapterConfig:
     targets = TARGETS.get(spec.model_type, ("q_proj", "v_proj", "down_proj"))
-    return AdapterConfig(task_type=task, r=r, lora_alpha=2.0 * r, target_modules=targets, molex=molex)
+    return AdapterConfig(
+        task_type=task,
+        r=r,
+        lora_alpha=2.0 * r,
+        target_modules=targets,
+        fan_in_fan_out=spec.model_type == "gpt2",
+        molex=molex,
+    )
 
 
 def random_adapter(

@@ -165,6 +165,7 @@ def adapter_config(arguments: TrainArguments, spec: BaseSpec, labels: list[str] 
         lora_alpha=arguments.lora_alpha,
         target_modules=modules,
         lora_dropout=arguments.lora_dropout,
+        fan_in_fan_out=spec.model_type == "gpt2",
         molex=None if arguments.method == "lora" else _molex_config(arguments, spec),
         base_model_name_or_path=base_name(arguments.base),
         id2label=None if labels is None else dict(enumerate(labels)),

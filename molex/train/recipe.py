@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer
 
 from molex._version import __version__
 from molex.adapter import Adapter, new_adapter
 from molex.adapter_file import read_adapter, write_adapter
 from molex.model import MolexModel
+from molex.tokenizer import load_tokenizer
 from molex.train.arguments import (
     ArgumentError,
     EvaluateArguments,
@@ -77,7 +77,7 @@ class Prepared:
 def load_base(base: str, dtype: str = "float32") -> Base:
     """Load a base and its tokenizer, from a folder or the hub."""
     model = MolexModel.from_pretrained(base, dtype=DTYPES[dtype])
-    return Base(model, AutoTokenizer.from_pretrained(base))
+    return Base(model, load_tokenizer(base, model.spec))
 
 
 def train_adapter(

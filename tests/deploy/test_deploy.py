@@ -49,9 +49,7 @@ def labels_of(query):
     grouped = ",".join(re.findall(r"\bby \(([^)]*)\)", query))
     listed = ",".join(re.findall(r"label_values\(\w+, (\w+)\)", query))
     matched = re.findall(r"(\w+)=~?\"", query)
-    return {name.strip() for name in f"{grouped},{listed}".split(",") if name.strip()} | set(
-        matched
-    )
+    return {name.strip() for name in f"{grouped},{listed}".split(",") if name.strip()} | set(matched)
 
 
 @pytest.mark.parametrize("query", QUERIES + VARIABLE_QUERIES)
@@ -110,9 +108,7 @@ def test_grafana_reads_dashboards_where_compose_mounts_them():
 
 def test_prometheus_scrapes_the_server_by_its_service_name():
     config = _yaml("prometheus/prometheus.yml")
-    targets = {
-        job["job_name"]: job["static_configs"][0]["targets"] for job in config["scrape_configs"]
-    }
+    targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in config["scrape_configs"]}
     assert targets["molex"] == [f"molex:{Settings.model_fields['port'].default}"]
     (source,) = _yaml("grafana/provisioning/datasources/prometheus.yml")["datasources"]
     assert source["jsonData"]["timeInterval"] == config["global"]["scrape_interval"]
@@ -126,9 +122,7 @@ def test_compose_waits_for_health_and_pins_images():
         for needed in service.get("depends_on", {}).values():
             assert needed == {"condition": "service_healthy"}
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
-    sources = [
-        mount for name in services for mount in _mounts(name) if mount.startswith("./deploy")
-    ]
+    sources = [mount for name in services for mount in _mounts(name) if mount.startswith("./deploy")]
     assert all((ROOT / source).exists() for source in sources)
 
 

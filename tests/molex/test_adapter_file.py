@@ -29,6 +29,7 @@ ENCODER = BaseSpec(
     num_layers=LAYERS,
     hidden_size=SIZE,
     vocab_size=10,
+    token_types=1,
     max_length=16,
     modules={"attention.self.query": (SIZE, SIZE), "attention.self.value": (SIZE, SIZE)},
     prefix="roberta.encoder.layer",
@@ -94,7 +95,6 @@ def test_what_is_written_is_read_back(tmp_path_factory, family_and_task, molex, 
         torch.testing.assert_close(read.mixing_pairs(), adapter.mixing_pairs())
 
 
-@pytest.mark.xfail(strict=True, reason="modules_to_save is in the order in which the tensors were loaded")
 def test_equal_adapters_are_written_to_equal_files(tmp_path):
     adapter = random_adapter(BERT, seed=1)
     backwards = dict(reversed(adapter.tensors.items()))
@@ -202,7 +202,7 @@ def test_every_misshapen_tensor_is_named(folder):
 def test_a_misshapen_output_layer_is_refused(folder, shape):
     change_config(folder, id2label=None)
     change_tensors(folder, replaced(OUTPUT, torch.ones(shape)))
-    with pytest.raises(AdapterError, match="expected"):
+    with pytest.raises(AdapterError, match="expected|has no labels"):
         read_adapter(folder, ENCODER)
 
 
@@ -216,13 +216,11 @@ def test_a_value_that_is_not_finite_is_refused_wherever_it_is(folder, value):
         assert "has values that are not finite" in refusal(folder, name)
 
 
-@pytest.mark.xfail(strict=True, reason="values are checked before they are converted to float32")
 def test_a_value_that_float32_cannot_hold_is_refused(folder):
     change_tensors(folder, lambda tensors: tensors | {QUERY_A: tensors[QUERY_A].double() * 1e300})
     refusal(folder, QUERY_A)
 
 
-@pytest.mark.xfail(strict=True, reason="values are checked before they are converted to float32")
 def test_values_that_vanish_in_float32_have_no_effect(folder):
     change_tensors(folder, lambda tensors: tensors | {QUERY_A: tensors[QUERY_A].double() * 1e-300})
     assert "has no effect" in refusal(folder, QUERY_A)
@@ -254,14 +252,12 @@ def test_other_dtypes_than_floating_point_are_refused(folder, dtype):
     assert "expected floating point" in refusal(folder, QUERY_A)
 
 
-@pytest.mark.xfail(strict=True, reason="one float8 is loaded; for the other torch has no isfinite")
 @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn], ids=str)
 def test_float8_is_refused(folder, dtype):
     change_tensors(folder, lambda tensors: tensors | {QUERY_A: torch.ones(4, SIZE).to(dtype)})
     refusal(folder, QUERY_A)
 
 
-@pytest.mark.xfail(strict=True, reason="a head without labels is taken")
 def test_a_head_without_labels_is_refused(folder):
     change_config(folder, id2label=None)
     empty = {OUTPUT: torch.zeros(0, SIZE), OUTPUT.replace("weight", "bias"): torch.zeros(0)}

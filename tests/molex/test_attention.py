@@ -36,8 +36,6 @@ def cases(draw, causal=True):
     lengths = draw(st.lists(st.one_of(st.just(1), st.integers(1, 5)), min_size=count, max_size=count))
     cached = draw(st.lists(st.booleans(), min_size=count, max_size=count)) if causal else [False] * count
     past = [draw(st.integers(0, 80)) if kept else 0 for kept in cached]
-    # One token without a slot beside decoding ones is the expected failure below.
-    lengths = [max(n, 2) if not kept and any(cached) else n for n, kept in zip(lengths, cached, strict=True)]
     window = draw(st.one_of(st.none(), st.integers(1, 6))) if causal else None
     return Case(
         lengths, past, cached, draw(st.sampled_from([1, 3])), window, causal, draw(st.integers(0, 999))
@@ -124,10 +122,6 @@ def test_sliding_windows(window, past):
     check(Case([1, 6, 3], past, [True] * 3, 3, window, causal=True))
 
 
-MIXED_UP = "requests of one token share a call to attention whether or not they have a cache slot"
-
-
-@pytest.mark.xfail(strict=True, reason=MIXED_UP)
 @pytest.mark.parametrize("cached", [[True, False, True], [True, False, False]])
 def test_single_tokens_without_a_slot_run_beside_decoding_ones(cached):
     past = [7, 0, 5 if cached[2] else 0]
