@@ -62,7 +62,7 @@ format: $(READY) ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: $(READY) ## Run the tests
+test: models ## Run the tests
 	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
 
 bench: models ## Run every benchmark and print its figures

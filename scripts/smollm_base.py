@@ -48,9 +48,7 @@ def load_gguf(source: Path) -> LlamaForCausalLM:
     transformers refuses to save what it loaded from a GGUF file, so the tensors move to a model of
     the same shape that has no quantisation behind it.
     """
-    loaded = AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, dtype=torch.float32
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     fields = {name: getattr(loaded.config, name) for name in CONFIG_FIELDS}
     epsilon = float(f"{loaded.config.rms_norm_eps:.6g}")  # stored as float32: 9.9999997e-06
     model = LlamaForCausalLM(LlamaConfig(**fields, rms_norm_eps=epsilon))

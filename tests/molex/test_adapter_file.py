@@ -202,7 +202,7 @@ def test_every_misshapen_tensor_is_named(folder):
 def test_a_misshapen_output_layer_is_refused(folder, shape):
     change_config(folder, id2label=None)
     change_tensors(folder, replaced(OUTPUT, torch.ones(shape)))
-    with pytest.raises(AdapterError, match="expected|has no labels"):
+    with pytest.raises(AdapterError, match=r"expected|has no labels"):
         read_adapter(folder, ENCODER)
 
 
