@@ -129,7 +129,9 @@ def evaluate_adapter(arguments: EvaluateArguments, base: Base | None = None) -> 
     started = time.perf_counter()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    base = base or load_base(arguments.base, arguments.dtype)
+    if base is None:
+        base = load_base(arguments.base, arguments.dtype)
+        base.model.prepack()
     model = base.model
     adapter = read_adapter(arguments.adapter, model.spec, dtype=model.dtype)
     max_length = arguments.max_length or model.spec.max_length
