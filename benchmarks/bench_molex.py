@@ -27,7 +27,7 @@ from benchmarks.common import (
 )
 from molex.config import MolexConfig
 
-REQUESTS = 64
+REQUESTS = 128
 
 
 def compare(shape: str, count: int, rounds: int, scratch: Path) -> None:

@@ -63,10 +63,11 @@ def packed_attention(
     """Each request attends to its own tokens and to nothing else.
 
     query [1, num_heads, n, head_dim], key and value [1, num_kv_heads, n, head_dim]; returns [1, n, num_heads,
-    head_dim]. The mask argument of the blocks is unused: `packed` says who may see whom.
+    head_dim]. Rows behind the packed tokens are padding, and so are they in the output. The mask argument of
+    the blocks is unused: `packed` says who may see whom.
     """
-    dtype = query.dtype
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    dtype, padding = query.dtype, query.shape[2] - packed.num_tokens
+    query, key, value = (x[0].transpose(0, 1)[: packed.num_tokens] for x in (query, key, value))
     if kv is not None:
         kv.write(packed, key, value)
     query, key, value = (_widened(x) for x in (query, key, value))
@@ -81,7 +82,9 @@ def packed_attention(
         attended = _attend(queries, keys, values, mask, causal, scaling)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     output = (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
-    return (output if packed.restored is None else output[packed.restored])[None], None
+    if packed.restored is not None:
+        output = output[packed.restored]
+    return (functional.pad(output, (0, 0, 0, 0, 0, padding)) if padding else output)[None], None
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -33,7 +34,7 @@ from molex.errors import BaseModelError
 from molex.heads import HeadKind
 from molex.lora import ActiveLora, AdaptedLinear, LoraSwitch
 from molex.packing import Packed
-from molex.prepack import PrepackedLinear, can_prepack
+from molex.prepack import PrepackedLinear, can_prepack, padded_rows
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class Backbone:
         self.pooler = _pooler(base) if has_pooler else None
         self.layers: list[Any] = list(attrgetter(self.family.layers)(base))
         self.switch = LoraSwitch()
+        self.prepacked = False
         self._digest = _digest(model)
         self._modules = _wrap_linear_layers(self.layers, self.switch)
 
@@ -201,7 +203,8 @@ class Backbone:
 
     def prepack(self) -> None:
         """Lay the weights of all layers out for inference (`molex/prepack.py`); no gradients afterwards."""
-        if can_prepack(self.dtype, self.device):
+        if can_prepack(self.dtype, self.device) and not self.prepacked:
+            self.prepacked = True
             for layer in self.layers:
                 for module in layer.modules():
                     if isinstance(module, AdaptedLinear):
@@ -228,16 +231,26 @@ class Backbone:
         kv: KVStreams | None,
     ) -> Tensor:
         """Run one layer on packed rows [1, n, d], with the low-rank updates of their adapters."""
-        options = {} if rotary is None else {"position_embeddings": rotary}
+        rows = hidden.shape[1]
+        padding = padded_rows(rows) - rows if self.prepacked else 0
+        options = {} if rotary is None else {"position_embeddings": [_pad(x, padding) for x in rotary]}
         self.switch.active = lora
         try:
-            return self.layers[layer](hidden, attention_mask=None, packed=packed, kv=kv, **options)  # type: ignore[no-any-return]
+            output: Tensor = self.layers[layer](
+                _pad(hidden, padding), attention_mask=None, packed=packed, kv=kv, **options
+            )
         finally:
             self.switch.active = None
+        return output[:, :rows]
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm after the last layer, where the family has one."""
         return hidden if self.family.norm is None else getattr(self._base, self.family.norm)(hidden)
+
+
+def _pad(x: Tensor, rows: int) -> Tensor:
+    """x [1, n, d] with rows of zeros behind."""
+    return functional.pad(x, (0, 0, 0, rows)) if rows else x
 
 
 def _check_supported(base: str, config: PretrainedConfig) -> None:

@@ -158,7 +158,7 @@ class ActiveLora:
             x = functional.dropout(x, self._dropout(), training=True)
         elif len(segments) > 1 and self._gated_is_cheaper(y, x, site, len(segments)):
             stack = self.batch.stack(site)
-            return low_rank_gated(y[0], x[0], stack.a, stack.b, self._gate(stack))[None]
+            return low_rank_gated(y[0], x[0], stack.a, stack.b, self._gate(stack, y.shape[1]))[None]
         return low_rank_segments(y[0], x[0], segments)[None]
 
     def _widened(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -176,11 +176,12 @@ class ActiveLora:
         operations = 2 * x.shape[1] * self.batch.ranks[site] * (x.shape[2] + y.shape[2])
         return operations < calls * OPERATIONS_PER_CALL
 
-    def _gate(self, stack: _Stack) -> Tensor:
+    def _gate(self, stack: _Stack, rows: int) -> Tensor:
         """G [n, R]: the scaling where a rank belongs to the row's adapter, else 0; kept by layout."""
         if stack.layout not in self._gates:
             members = self.packed.spread(torch.tensor(self.packed.members, device=stack.owners.device))
-            self._gates[stack.layout] = (members[:, None] == stack.owners) * stack.scalings
+            gates = (members[:, None] == stack.owners) * stack.scalings
+            self._gates[stack.layout] = functional.pad(gates, (0, 0, 0, rows - len(gates)))
         return self._gates[stack.layout]
 
 
