@@ -8,8 +8,6 @@ take RoBERTa's classification head, so its arm stops at the last hidden states a
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,11 +17,10 @@ from transformers import RobertaModel
 
 from benchmarks.common import (
     DTYPES,
-    SHAPES,
     Contestant,
     OwnEngine,
     base_folder,
-    machine,
+    compare_all,
     measure,
     random_adapter,
     report,
@@ -32,7 +29,6 @@ from benchmarks.common import (
 )
 
 REQUESTS = 64
-COUNTS = (1, 8, 32)
 
 
 def peft_contestant(
@@ -80,18 +76,5 @@ def compare(shape: str, count: int, rounds: int, scratch: Path) -> None:
     report(f"{shape}: {REQUESTS} sentences, {tokens} tokens, {distinct} of {count} adapters", medians, ratios)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
-    parser.add_argument("--adapters", nargs="+", type=int, default=COUNTS)
-    arguments = parser.parse_args()
-    print(machine())
-    for shape in arguments.shapes:
-        for count in arguments.adapters:
-            with tempfile.TemporaryDirectory() as scratch:
-                compare(shape, count, arguments.rounds, Path(scratch))
-
-
 if __name__ == "__main__":
-    main()
+    compare_all(__doc__ or "", compare)

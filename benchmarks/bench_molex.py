@@ -8,17 +8,14 @@ worst case for grouping. An exact MoLEx forward runs up to two layers at each de
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from pathlib import Path
 
 from benchmarks.common import (
     DTYPES,
-    SHAPES,
     Contestant,
     OwnEngine,
     base_folder,
-    machine,
+    compare_all,
     measure,
     random_adapter,
     report,
@@ -50,18 +47,5 @@ def compare(shape: str, count: int, rounds: int, scratch: Path) -> None:
     report(f"{shape}: {REQUESTS} sentences over {len(set(chosen))} of {count} adapters", medians, ratios)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
-    parser.add_argument("--adapters", nargs="+", type=int, default=(1, 8, 32))
-    arguments = parser.parse_args()
-    print(machine())
-    for shape in arguments.shapes:
-        for count in arguments.adapters:
-            with tempfile.TemporaryDirectory() as scratch:
-                compare(shape, count, arguments.rounds, Path(scratch))
-
-
 if __name__ == "__main__":
-    main()
+    compare_all(__doc__ or "", compare)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -113,3 +115,17 @@ def report(title: str, medians: Mapping[str, float], ratios: Mapping[str, float]
         print(f"  {name:<28}{seconds * 1e3:10.1f} ms")
     for name, ratio in ratios.items():
         print(f"  {name:<44}{ratio:6.2f} x")
+
+
+def compare_all(doc: str, compare: Callable[[str, int, int, Path], None]) -> None:
+    """Parse the command line and call `compare(shape, adapters, rounds, scratch folder)` for each setting."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
+    parser.add_argument("--adapters", nargs="+", type=int, default=(1, 8, 32))
+    arguments = parser.parse_args()
+    print(machine())
+    for shape in arguments.shapes:
+        for count in arguments.adapters:
+            with tempfile.TemporaryDirectory() as scratch:
+                compare(shape, count, arguments.rounds, Path(scratch))
