@@ -13,9 +13,10 @@ from transformers import (
 
 from scripts.model_folder import save_folder, set_field
 
-# The 4-bit weights need more bits than float16 has (a quarter to a third of the values in the layers
-# round, and most of those in the embedding, by at most one part in 2048), yet the greedy answers to ten prompts are the same token for token, and the
-# folder is half as large as in float32. bfloat16 rounds eight times as coarsely for the same size.
+# The 4-bit weights need more bits than float16 has: a quarter to a third of the values in the layers and
+# most of those in the embedding round, by at most one part in 2048. Yet the greedy answers to ten prompts
+# are the same token for token, and the folder is half as large as in float32. bfloat16 rounds eight times
+# as coarsely for the same size.
 STORED_DTYPE = torch.float16
 CONFIG_FIELDS = (
     "vocab_size",
