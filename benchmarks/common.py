@@ -20,6 +20,7 @@ from molex import BARE, MolexModel, Row
 from molex.adapter import Adapter, assemble, new_adapter
 from molex.backbone import BaseSpec
 from molex.config import AdapterConfig, MolexConfig
+from molex.memory import keep_freed_memory
 
 DEMO_ENCODER = Path(__file__).parents[1] / ".models" / "e5-small"
 SHAPES = ("demo-encoder", "roberta-base-shape")
@@ -125,6 +126,7 @@ def compare_all(doc: str, compare: Callable[[str, int, int, Path], None]) -> Non
     parser.add_argument("--adapters", nargs="+", type=int, default=(1, 8, 32))
     arguments = parser.parse_args()
     print(machine())
+    keep_freed_memory()
     for shape in arguments.shapes:
         for count in arguments.adapters:
             with tempfile.TemporaryDirectory() as scratch:

@@ -65,10 +65,13 @@ def low_rank_segments(y: Tensor, x: Tensor, segments: Sequence[Segment]) -> Tens
     """
     if torch.is_grad_enabled():
         return y + _segment_products(y, x, segments).to(y.dtype)
-    total = y if y.dtype == x.dtype else torch.zeros_like(y, dtype=x.dtype)
     for update, start, stop in segments:
-        total[start:stop].addmm_(x[start:stop] @ update.a.T, update.b.T, alpha=update.scaling)
-    return y if total is y else y.add_(total.to(y.dtype))
+        narrow = x[start:stop] @ update.a.T
+        if y.dtype == x.dtype:
+            y[start:stop].addmm_(narrow, update.b.T, alpha=update.scaling)
+        else:
+            y[start:stop].add_(narrow @ update.b.T, alpha=update.scaling)
+    return y
 
 
 def _segment_products(y: Tensor, x: Tensor, segments: Sequence[Segment]) -> Tensor:
