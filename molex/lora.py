@@ -10,7 +10,7 @@ y += ((x A_catᵀ) ⊙ G) B_cat, where G [n, R] is s_a for the ranks of the row'
 `low_rank_segments` does one small product an adapter. The first costs width, the second costs calls.
 
 Factors, and with them the product, are kept in at least float32: next to bfloat16 base weights that costs
-little (products this small are slower in bfloat16 on most CPUs) and rounds the update only once.
+little (on the CPU that we measured, products this small were slower in bfloat16) and rounds the update once.
 """
 
 from __future__ import annotations

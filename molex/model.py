@@ -249,6 +249,12 @@ class MolexModel:
             raise InputError(f"request {number}: a token id is not in 0..{self.spec.vocab_size - 1}")
         if row.voters is not None and not 1 <= row.voters <= len(row.token_ids):
             raise InputError(f"request {number}: {row.voters} of {len(row.token_ids)} tokens cannot vote")
+        if row.start and row.slot is None:
+            raise InputError(
+                f"request {number}: {row.start} earlier tokens, but no cache slot that holds them"
+            )
+        if row.start and row.adapter.gates and row.route is None:
+            raise InputError(f"request {number}: the route of its {row.start} earlier tokens is not pinned")
         if row.slot is not None and (cache is None or length > cache.max_length):
             raise InputError(f"request {number}: {length} tokens do not fit its cache slot")
         if row.token_type_ids is not None:

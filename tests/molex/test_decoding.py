@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from molex import BARE, MolexModel, Row
-from molex.errors import MolexError
+from molex.errors import InputError, MolexError
 from molex.reference import Reference
 from tests.tiny import DECODERS, molex_config, random_adapter, random_ids, tiny_base
 
@@ -84,3 +84,12 @@ def test_slots_are_taken_and_given_back(base):
     with pytest.raises(MolexError, match="slot 0 is not allocated"):
         cache.free(0)
     assert cache.num_free == 1
+
+
+def test_a_continuation_without_its_slot_or_route_is_named(base):
+    model = MolexModel.from_pretrained(base)
+    cache, adapter = model.new_cache(num_slots=1, max_length=8), adapters(model)[2]
+    with pytest.raises(InputError, match="request 0: 3 earlier tokens, but no cache slot"):
+        model.run([Row([5], start=3)], cache)
+    with pytest.raises(InputError, match="request 0: the route of its 3 earlier tokens is not pinned"):
+        model.run([Row([5], adapter, slot=cache.allocate(), start=3)], cache)
