@@ -70,20 +70,20 @@ def packed_attention(
     query, key, value = (x[0].transpose(0, 1)[: packed.num_tokens] for x in (query, key, value))
     if kv is not None:
         kv.write(packed, key, value)
-    query, key, value = (_widened(x) for x in (query, key, value))
     outputs = []
     pieces = zip(packed.groups, *(_split(x, packed) for x in (query, key, value)), strict=True)
     for group, queries, keys, values in pieces:
         if group.has_past:
             assert kv is not None, "earlier tokens are in a cache"
-            keys, values = (_widened(x) for x in kv.read(group))
+            keys, values = kv.read(group)
         mask = _mask(group, packed.causal, sliding_window, query.device)
         causal = packed.causal and mask is None and group.queries > 1
+        queries, keys, values = (_widened(x) for x in (queries, keys, values))
         attended = _attend(queries, keys, values, mask, causal, scaling)
-        outputs.append(attended.transpose(1, 2).flatten(0, 1))
-    output = (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
+        outputs.append(attended.transpose(1, 2).flatten(0, 1).to(dtype))
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if packed.restored is not None:
-        output = output[packed.restored]
+        output = output.index_select(0, packed.restored)
     return (functional.pad(output, (0, 0, 0, 0, 0, padding)) if padding else output)[None], None
 
 
@@ -94,9 +94,9 @@ def _widened(x: Tensor) -> Tensor:
 
 def _split(rows: Tensor, packed: Packed) -> list[Tensor]:
     """[n, heads, head_dim] → [b, heads, q, head_dim] of each group."""
-    rows = rows if packed.grouped is None else rows[packed.grouped]
+    rows = rows if packed.grouped is None else rows.index_select(0, packed.grouped)
     # One split, not a slice a group: the gradient of a slice is as large as all rows.
-    pieces = torch.split(rows, [group.num_tokens for group in packed.groups])
+    pieces = torch.split(rows, [group.num_rows for group in packed.groups])
     return [
         piece.view(-1, group.queries, *rows.shape[1:]).transpose(1, 2)
         for piece, group in zip(pieces, packed.groups, strict=True)
@@ -104,17 +104,23 @@ def _split(rows: Tensor, packed: Packed) -> list[Tensor]:
 
 
 def _mask(group: AttentionGroup, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
-    """Which keys [b, 1, q, k] each query may see; None where it sees all, or all up to itself."""
-    longest = max(group.keys)
-    if not causal or (
-        (window is None or longest <= window)
-        and (group.queries == 1 or not group.has_past)
-        and min(group.keys) == longest
+    """Which keys [b, 1, q or 1, k] each query may see; None where it sees all, or all up to itself.
+
+    Padding behind a request is a key for no token. What padding itself attends to is not used.
+    """
+    if not causal and not group.is_padded:
+        return None
+    longest = max(group.keys) if group.has_past else group.queries
+    keys = torch.arange(longest, device=device)
+    if not causal:
+        return keys < torch.tensor(group.keys, device=device)[:, None, None, None]
+    if (window is None or longest <= window) and (
+        not group.has_past or (group.queries == 1 and min(group.keys) == longest)
     ):
         return None
-    keys = torch.arange(longest, device=device)
-    ends = torch.tensor(group.keys, device=device)[:, None]
-    queries = (ends - group.queries + torch.arange(group.queries, device=device))[:, None, :, None]
+    past = [total - length for total, length in zip(group.keys, group.lengths, strict=True)]
+    starts = torch.tensor(past, device=device)[:, None]
+    queries = (starts + torch.arange(group.queries, device=device))[:, None, :, None]
     visible = keys <= queries
     return visible if window is None else visible & (keys > queries - window)
 

@@ -65,13 +65,12 @@ def low_rank_segments(y: Tensor, x: Tensor, segments: Sequence[Segment]) -> Tens
     """
     if torch.is_grad_enabled():
         return y + _segment_products(y, x, segments).to(y.dtype)
+    # A sum in a lower precision would take a pass over y for each product, and round it as often.
+    wide = y.to(x.dtype)
     for update, start, stop in segments:
         narrow = x[start:stop] @ update.a.T
-        if y.dtype == x.dtype:
-            y[start:stop].addmm_(narrow, update.b.T, alpha=update.scaling)
-        else:
-            y[start:stop].add_(narrow @ update.b.T, alpha=update.scaling)
-    return y
+        wide[start:stop].addmm_(narrow, update.b.T, alpha=update.scaling)
+    return y if wide is y else y.copy_(wide)
 
 
 def _segment_products(y: Tensor, x: Tensor, segments: Sequence[Segment]) -> Tensor:

@@ -311,9 +311,12 @@ class MolexModel:
         """mixed[tokens of the group] += weight · L_layer(hidden[tokens of the group])."""
         packed = batch.packed.subset(group.requests)
         tokens = batch.packed.tokens(group.requests)
-        rotary = batch.rotary and (batch.rotary[0][:, tokens], batch.rotary[1][:, tokens])
+        rotary = batch.rotary and (
+            batch.rotary[0].index_select(1, tokens),
+            batch.rotary[1].index_select(1, tokens),
+        )
         kv = self._streams(batch, depth, group.requests, group.choices)
-        routed = self._run_layer(batch, group.layer, hidden[:, tokens], packed, rotary, kv)[0]
+        routed = self._run_layer(batch, group.layer, hidden.index_select(1, tokens), packed, rotary, kv)[0]
         mixed.index_add_(0, tokens, routed.to(mixed.dtype) * packed.spread(group.weights)[:, None])
 
     def _run_layer(

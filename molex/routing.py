@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from molex.adapter import Adapter
 from molex.config import MolexConfig, VoteConfig
@@ -57,36 +57,62 @@ class RoutePlan:
 
 
 @dataclass(frozen=True)
-class Election:
-    """The outcome of a vote among v requests over T layers, of which k are chosen.
+class Ballots:
+    """Gate logits [n, T] of voting tokens, and the request 0..v-1 that each of them belongs to."""
 
-    `layers` [v, k], most votes first; `weights` [v, k] sum to 1; `probabilities` [v, T] is the gate's softmax
-    averaged over the voting tokens; `first_choices` [n] is the argmax of each voting token.
-    """
+    logits: Tensor
+    owners: Tensor
+    num_requests: int
+
+    @cached_property
+    def first_choices(self) -> Tensor:
+        """The layer [n] with each token's largest logit, the smallest index where several have it."""
+        return self.logits.argmax(dim=-1)
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """How many tokens [v, T] of each request have each layer as first choice."""
+        num_layers = self.logits.shape[1]
+        cells = (self.owners * num_layers + self.first_choices).bincount(
+            minlength=self.num_requests * num_layers
+        )
+        return cells.view(self.num_requests, num_layers)
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """The softmax of the logits averaged over the tokens of each request [v, T]."""
+        return self.mean(self.logits.softmax(dim=-1))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Values [n, T] averaged over the tokens of each request [v, T]."""
+        sums = values.new_zeros(self.num_requests, values.shape[1]).index_add_(0, self.owners, values)
+        return sums / self.owners.bincount(minlength=self.num_requests)[:, None]
+
+
+@dataclass(frozen=True)
+class Election:
+    """The k layers [v, k] that each request chose, most votes first, and their weights [v, k], of sum 1."""
 
     layers: Tensor
     weights: Tensor
-    probabilities: Tensor
-    first_choices: Tensor
 
 
-def elect(logits: Tensor, owners: Tensor, num_requests: int, vote: VoteConfig, top_k: int) -> Election:
+def elect(ballots: Ballots, vote: VoteConfig, top_k: int) -> Election:
     """Let the tokens of each request vote.
 
-    logits [n, T] of the voting tokens, owners [n] the request 0..v-1 of each. With `mode` a layer's score is
-    the number of tokens whose largest logit it has, with `mean` its score averaged over the tokens. The k
-    layers with the largest scores win, ties to the smallest index.
+    With `mode` a layer's score is the number of tokens whose largest logit it has, with `mean` its score
+    averaged over the tokens. The k layers with the largest scores win, ties to the smallest index.
     """
-    first_choices = logits.argmax(dim=-1)
-    probabilities = _mean_by_request(logits.softmax(dim=-1), owners, num_requests)
     if vote.rule == "mode":
-        scores = _sum_by_request(functional.one_hot(first_choices, logits.shape[1]), owners, num_requests)
+        scores = ballots.counts
     elif vote.score == "softmax":
-        scores = probabilities
+        scores = ballots.probabilities
     else:
-        scores = _mean_by_request(logits.sigmoid(), owners, num_requests)
+        scores = ballots.mean(ballots.logits.sigmoid())
     layers = scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    return Election(layers, _shares(probabilities.gather(1, layers)), probabilities, first_choices)
+    if top_k == 1:
+        return Election(layers, ballots.logits.new_ones(layers.shape))
+    return Election(layers, _shares(ballots.probabilities.detach().gather(1, layers)))
 
 
 def _shares(chosen: Tensor) -> Tensor:
@@ -95,24 +121,14 @@ def _shares(chosen: Tensor) -> Tensor:
     return torch.where(total > 0, chosen / total, torch.full_like(chosen, 1 / chosen.shape[1]))
 
 
-def _sum_by_request(values: Tensor, owners: Tensor, num_requests: int) -> Tensor:
-    return values.new_zeros(num_requests, values.shape[1]).index_add_(0, owners, values)
-
-
-def _mean_by_request(values: Tensor, owners: Tensor, num_requests: int) -> Tensor:
-    counts = owners.bincount(minlength=num_requests)
-    return _sum_by_request(values, owners, num_requests) / counts[:, None]
-
-
-def load_balance(election: Election) -> Tensor:
+def load_balance(ballots: Ballots) -> Tensor:
     """T · Σ_e f_e · p̄_e: f_e the share of voting tokens whose argmax is layer e, p̄_e its mean probability.
 
     Least, 1, where the layers are chosen evenly (the auxiliary loss of Switch Transformers, Fedus et al.
     2021, eq. 4). The mean probability is taken over requests.
     """
-    num_layers = election.probabilities.shape[1]
-    shares = election.first_choices.bincount(minlength=num_layers) / len(election.first_choices)
-    return num_layers * (shares * election.probabilities.mean(dim=0)).sum()
+    shares = ballots.counts.sum(dim=0) / len(ballots.owners)
+    return ballots.logits.shape[1] * (shares * ballots.probabilities.mean(dim=0)).sum()
 
 
 @dataclass(frozen=True)
@@ -170,8 +186,11 @@ class Router:
         entries: list[tuple[int, int, int]] = []
         shares: list[Tensor] = []
         for electorate in self._electorates_of(voting):
-            election = self._vote(electorate, depth, hidden)
-            shares.append(self._share(election, electorate.molex).flatten())
+            ballots = self._ballots(electorate, depth, hidden)
+            election = elect(ballots, electorate.molex.vote, electorate.molex.top_k)
+            if torch.is_grad_enabled():
+                self.balance_losses.append(load_balance(ballots))
+            shares.append(_differentiable_weights(election, ballots, electorate.molex).flatten())
             layers = election.layers.tolist()
             for request, chosen, weights in zip(
                 electorate.requests, layers, election.weights.tolist(), strict=True
@@ -218,14 +237,12 @@ class Router:
         )
         return _Electorate(molex, requests, lengths, tokens, owners)
 
-    def _vote(self, electorate: _Electorate, depth: int, hidden: Tensor) -> Election:
-        voting = hidden if electorate.tokens is None else hidden[electorate.tokens]
+    def _ballots(self, electorate: _Electorate, depth: int, hidden: Tensor) -> Ballots:
+        voting = hidden if electorate.tokens is None else hidden.index_select(0, electorate.tokens)
+        # Converted for all gates at once; they are in at least float32.
+        voting = voting.to(torch.promote_types(voting.dtype, torch.float32))
         logits = self._gate_logits(electorate, depth, voting)
-        vote, top_k = electorate.molex.vote, electorate.molex.top_k
-        election = elect(logits, electorate.owners, len(electorate.requests), vote, top_k)
-        if torch.is_grad_enabled():
-            self.balance_losses.append(load_balance(election))
-        return election
+        return Ballots(logits, electorate.owners, len(electorate.requests))
 
     def _gate_logits(self, electorate: _Electorate, depth: int, hidden: Tensor) -> Tensor:
         """Each adapter's gate on its own voting tokens; the electorate lists them adapter by adapter."""
@@ -242,19 +259,6 @@ class Router:
             pieces.append(gate.logits(hidden[first_token:end_token], lengths))
             first, first_token = last, end_token
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-    def _share(self, election: Election, molex: MolexConfig) -> Tensor:
-        """The weights [v, k] of the chosen layers, through which a straight-through gate is trained.
-
-        With `straight_through` each weight is multiplied by p / stop_gradient(p), which is 1 in value and
-        hands the gradient of the routed output's weight to the gate's probability p of that layer. It is
-        written as 1 + (p - stop_gradient(p)) / stop_gradient(p), which is 1 for a p of 0 too.
-        """
-        if molex.gate_gradient == "none" or not torch.is_grad_enabled():
-            return election.weights.detach()
-        p = election.probabilities.gather(1, election.layers)
-        constant = p.detach()
-        return election.weights.detach() * (1 + (p - constant) / constant.clamp_min(SMALLEST_PROBABILITY))
 
     def _plan(
         self, depth: int, mixing: list[int], entries: list[tuple[int, int, int]], shares: Tensor
@@ -289,3 +293,17 @@ class Router:
             rows.append(pairs[molex.mixed_depths.index(depth)])
         both = torch.stack(rows)
         return both[:, 0], both[:, 1]
+
+
+def _differentiable_weights(election: Election, ballots: Ballots, molex: MolexConfig) -> Tensor:
+    """The weights [v, k] of the chosen layers, through which a straight-through gate is trained.
+
+    With `straight_through` each weight is multiplied by p / stop_gradient(p), which is 1 in value and hands
+    the gradient of the routed output's weight to the gate's probability p of that layer. It is written as
+    1 + (p - stop_gradient(p)) / stop_gradient(p), which is 1 for a p of 0 too.
+    """
+    if molex.gate_gradient == "none" or not torch.is_grad_enabled():
+        return election.weights
+    p = ballots.probabilities.gather(1, election.layers)
+    constant = p.detach()
+    return election.weights * (1 + (p - constant) / constant.clamp_min(SMALLEST_PROBABILITY))

@@ -80,26 +80,44 @@ def test_groups_cover_each_request_once(layout):
     packed = pack(*layout)
     assert sorted(i for group in packed.groups for i in group.requests) == list(range(len(packed)))
     for group in packed.groups:
-        assert {packed.lengths[i] for i in group.requests} == {group.queries}
+        assert list(group.lengths) == [packed.lengths[i] for i in group.requests]
+        assert max(group.lengths) <= group.queries
         assert list(group.keys) == [packed.past[i] + packed.lengths[i] for i in group.requests]
         assert group.has_past == any(packed.past[i] for i in group.requests)
-        assert group.num_tokens == len(packed.tokens(group.requests))
 
 
 @given(layouts())
-def test_restoring_undoes_the_grouping(layout):
+def test_a_group_holds_the_tokens_of_its_requests_in_order_and_restoring_undoes_that(layout):
     packed = pack(*layout)
     tokens = torch.arange(packed.num_tokens)
     grouped = tokens if packed.grouped is None else tokens[packed.grouped]
-    assert grouped.tolist() == [t for g in packed.groups for t in packed.tokens(g.requests).tolist()]
     restored = grouped if packed.restored is None else grouped[packed.restored]
     assert torch.equal(restored, tokens)
+    rows = grouped.split([group.num_rows for group in packed.groups])
+    for group, part in zip(packed.groups, rows, strict=True):
+        requests = part.view(-1, group.queries)
+        for i, length, row in zip(group.requests, group.lengths, requests, strict=True):
+            own = packed.tokens([i])
+            assert torch.equal(row[:length], own)
+            assert (row[length:] == own[-1]).all()
+
+
+def test_requests_of_like_length_share_a_call_and_others_do_not():
+    packed = pack([20, 40, 31, 7, 17], [0] * 5, [0] * 5)
+    assert [(group.requests, group.queries) for group in packed.groups] == [((0, 2, 4), 32), ((1,), 40), ((3,), 7)]
+
+
+def test_a_call_takes_a_bounded_number_of_rows():
+    packed = pack([200] * 5, [0] * 5, [0] * 5)
+    assert [group.requests for group in packed.groups] == [(0, 1), (2, 3), (4,)]
+    assert not any(group.is_padded for group in packed.groups)
 
 
 def test_single_tokens_of_like_history_share_a_call():
-    packed = pack([1, 5, 1, 1], [10, 0, 400, 12], [0, 0, 0, 0])
+    packed = pack([1, 5, 1, 1], [10, 3, 400, 12], [0, 0, 0, 0])
     assert sorted(sorted(group.requests) for group in packed.groups) == [[0, 3], [1], [2]]
 
 
 def test_groups_in_packed_order_need_no_restoring():
-    assert pack([3, 2], [0, 0], [0, 0]).grouped is None
+    assert pack([16, 16], [0, 0], [0, 0]).grouped is None
+    assert pack([7], [0], [0]).grouped is None

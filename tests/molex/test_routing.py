@@ -13,7 +13,7 @@ from molex import BARE
 from molex.adapter import new_adapter
 from molex.config import VoteConfig
 from molex.packing import Packed
-from molex.routing import Choice, Election, Router, elect, flat_route, load_balance
+from molex.routing import Ballots, Choice, Router, elect, flat_route, load_balance
 from tests.tiny import HIDDEN, LAYERS, adapter_config, molex_config, random_adapter
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def elect_all(requests, vote, top_k=1):
     lengths = torch.tensor([len(rows) for rows in requests])
     owners = torch.arange(len(requests)).repeat_interleave(lengths)
     logits = torch.tensor([row for rows in requests for row in rows], dtype=torch.float64)
-    return elect(logits, owners, len(requests), vote, top_k)
+    return elect(Ballots(logits, owners, len(requests)), vote, top_k)
 
 
 def tokens(num_layers, values):
@@ -90,32 +90,29 @@ def test_a_vote_is_the_same_alone_and_in_company(requests, vote, top_k):
 
 def test_the_only_layer_has_weight_one_even_if_its_probability_underflows():
     logits = torch.tensor([[30.0, 200.0]])  # both sigmoids are 1 in float32, so the smaller index wins
-    election = elect(logits, torch.tensor([0]), 1, SIGMOID, 1)
+    election = elect(Ballots(logits, torch.tensor([0]), 1), SIGMOID, 1)
     assert election.layers.tolist() == [[0]]
     assert election.weights.tolist() == [[1.0]]
 
 
-def election_of(first_choices, probabilities):
-    count = len(probabilities)
-    return Election(
-        torch.zeros(count, 1, dtype=torch.long),
-        torch.ones(count, 1),
-        torch.tensor(probabilities),
-        torch.tensor(first_choices),
-    )
+def ballots_of(probabilities, owners):
+    """Tokens whose gate gives these probabilities."""
+    logits = torch.tensor(probabilities, dtype=torch.float64).clamp_min(1e-300).log()
+    return Ballots(logits, torch.tensor(owners), max(owners) + 1)
 
 
 def test_load_balance_is_one_where_choices_are_even_and_t_where_they_collapse():
-    even = election_of([0, 1, 2, 3], [[0.25] * 4, [0.25] * 4])
+    even = ballots_of([[0.7, 0.1, 0.1, 0.1][-n:] + [0.7, 0.1, 0.1, 0.1][:-n] for n in range(4)], [0, 0, 1, 1])
     assert load_balance(even).item() == pytest.approx(1)
-    collapsed = election_of([2, 2, 2], [[0.0, 0.0, 1.0, 0.0]])
+    collapsed = ballots_of([[0.0, 0.0, 1.0, 0.0]] * 3, [0, 0, 1])
     assert load_balance(collapsed).item() == pytest.approx(4)
 
 
 def test_load_balance_is_the_formula():
-    election = election_of([0, 0, 1], [[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]])
-    expected = 3 * (2 / 3 * 0.4 + 1 / 3 * 0.25 + 0 * 0.35)
-    assert load_balance(election).item() == pytest.approx(expected)
+    ballots = ballots_of([[0.6, 0.3, 0.1], [0.4, 0.3, 0.3], [0.2, 0.7, 0.1]], [0, 0, 1])
+    # Two of three tokens choose layer 0; the requests' mean probabilities are (.5, .3, .2) and (.2, .7, .1).
+    expected = 3 * (2 / 3 * 0.35 + 1 / 3 * 0.5 + 0 * 0.15)
+    assert load_balance(ballots).item() == pytest.approx(expected)
 
 
 def test_flat_route_lists_layers_or_pairs():
