@@ -3,7 +3,8 @@
 from molex.adapter import BARE, Adapter
 from molex.adapter_file import read_adapter, write_adapter
 from molex.errors import AdapterError, BaseModelError, InputError, MolexError
-from molex.model import ModelOutput, MolexModel, Row
+from molex.model import ModelOutput, MolexModel
+from molex.row import Row
 
 __all__ = [
     "BARE",

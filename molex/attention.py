@@ -1,24 +1,16 @@
-"""Attention over packed rows, registered with transformers under the name `molex_packed`.
-
-Stock transformer blocks hand their queries, keys and values to it, together with the keyword arguments
-`packed` (where each request lies) and `kv` (where its earlier keys and values are kept).
-"""
+"""Attention over packed rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from molex.kv_cache import DepthCache
 from molex.packing import AttentionGroup, Packed
-
-NAME = "molex_packed"
 
 
 @dataclass(frozen=True)
@@ -48,26 +40,19 @@ class KVStreams:
 
 
 def packed_attention(
-    _module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _attention_mask: Tensor | None,
-    *,
     packed: Packed,
-    kv: KVStreams | None = None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
+    kv: KVStreams | None,
+    scaling: float,
+    window: int | None = None,
+) -> Tensor:
     """Each request attends to its own tokens and to nothing else.
 
-    query [1, num_heads, n, head_dim], key and value [1, num_kv_heads, n, head_dim]; returns [1, n, num_heads,
-    head_dim]. Rows behind the packed tokens are padding, and so are they in the output. The mask argument of
-    the blocks is unused: `packed` says who may see whom.
+    query [n, num_heads, head_dim], key and value [n, num_kv_heads, head_dim] of the packed tokens; returns
+    [n, num_heads, head_dim]. With a `window` a token sees that many tokens back, itself included.
     """
-    dtype, padding = query.dtype, query.shape[2] - packed.num_tokens
-    query, key, value = (x[0].transpose(0, 1)[: packed.num_tokens] for x in (query, key, value))
     if kv is not None:
         kv.write(packed, key, value)
     outputs = []
@@ -76,15 +61,13 @@ def packed_attention(
         if group.has_past:
             assert kv is not None, "earlier tokens are in a cache"
             keys, values = kv.read(group)
-        mask = _mask(group, packed.causal, sliding_window, query.device)
+        mask = _mask(group, packed.causal, window, query.device)
         causal = packed.causal and mask is None and group.queries > 1
         queries, keys, values = (_widened(x) for x in (queries, keys, values))
         attended = _attend(queries, keys, values, mask, causal, scaling)
-        outputs.append(attended.transpose(1, 2).flatten(0, 1).to(dtype))
+        outputs.append(attended.transpose(1, 2).flatten(0, 1).to(query.dtype))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    if packed.restored is not None:
-        output = output.index_select(0, packed.restored)
-    return (functional.pad(output, (0, 0, 0, 0, 0, padding)) if padding else output)[None], None
+    return output if packed.restored is None else output.index_select(0, packed.restored)
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -126,7 +109,7 @@ def _mask(group: AttentionGroup, causal: bool, window: int | None, device: torch
 
 
 def _attend(
-    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool, scaling: float | None
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool, scaling: float
 ) -> Tensor:
     """Attention [b, heads, q, head_dim] with as many or fewer key heads."""
     repeats = queries.shape[1] // keys.shape[1]
@@ -140,6 +123,3 @@ def _attend(
     return functional.scaled_dot_product_attention(
         queries, keys, values, mask, is_causal=causal, scale=scaling
     )
-
-
-ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)

@@ -1,14 +1,14 @@
 """The base model as a set of layers, any of which can run on any rows at any depth.
 
-Stock transformers blocks do the work. A family table says where they are and how they are called; their
-linear layers are wrapped so that they add the low-rank updates of the batch (`molex/lora.py`), and their
-attention is the packed one (`molex/attention.py`).
+The modules of transformers' blocks do the work, in two halves a layer (`molex/family.py`). Attention, between
+them, has no weights, so all layers that run at one depth share it (`molex/attention.py`). Linear layers are
+wrapped: they add the low-rank updates of the batch (`molex/lora.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
@@ -26,73 +26,16 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.pytorch_utils import Conv1D
 
-from molex import attention
-from molex.attention import KVStreams
+from molex.attention import KVStreams, packed_attention
 from molex.errors import BaseModelError
+from molex.family import FAMILIES, attention_options
 from molex.heads import HeadKind
 from molex.lora import ActiveLora, AdaptedLinear, LoraSwitch
 from molex.packing import Packed
 from molex.prepack import PrepackedLinear, can_prepack, padded_rows
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one model family of transformers is put together.
-
-    `root` is the base model's attribute inside a task model, as PEFT's tensor names spell it, `layers` the
-    path from there to the list of blocks; `norm` the norm after the last block; `rotary` whether blocks want
-    (cos, sin); `max_length` the longest sequence that the position table takes.
-    """
-
-    root: str
-    layers: str
-    head: HeadKind
-    embed: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
-    max_length: Callable[[Any], int]
-    causal: bool = True
-    norm: str | None = None
-    rotary: bool = False
-
-
-def _embed_bert(base: Any, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
-    types = torch.zeros_like(tokens) if types is None else types
-    return base.embeddings(input_ids=tokens, position_ids=positions, token_type_ids=types)  # type: ignore[no-any-return]
-
-
-def _embed_roberta(base: Any, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
-    return _embed_bert(base, tokens, positions + base.config.pad_token_id + 1, types)
-
-
-def _embed_gpt2(base: Any, tokens: Tensor, positions: Tensor, _types: Tensor | None) -> Tensor:
-    return base.wte(tokens) + base.wpe(positions)  # type: ignore[no-any-return]
-
-
-def _embed_llama(base: Any, tokens: Tensor, _positions: Tensor, _types: Tensor | None) -> Tensor:
-    return base.embed_tokens(tokens)  # type: ignore[no-any-return]
-
-
-_positions = attrgetter("max_position_embeddings")
-_LLAMA = Family(
-    "model", "layers", "score", embed=_embed_llama, max_length=_positions, norm="norm", rotary=True
-)
-FAMILIES: Mapping[str, Family] = {
-    "bert": Family("bert", "encoder.layer", "bert", embed=_embed_bert, max_length=_positions, causal=False),
-    "roberta": Family(
-        "roberta",
-        "encoder.layer",
-        "roberta",
-        embed=_embed_roberta,
-        # Positions start behind the padding index.
-        max_length=lambda config: config.max_position_embeddings - config.pad_token_id - 1,
-        causal=False,
-    ),
-    "gpt2": Family("transformer", "h", "score", embed=_embed_gpt2, max_length=_positions, norm="ln_f"),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-}
 
 
 @dataclass(frozen=True)
@@ -119,11 +62,20 @@ class BaseSpec:
     digest: str
 
 
+@dataclass(frozen=True)
+class LayerCall:
+    """One layer, the packed tokens of the batch that run through it (None: all), and their adapters."""
+
+    layer: int
+    tokens: Tensor | None
+    lora: ActiveLora | None
+
+
 class Backbone:
     """A base model taken apart: embedding, T layers, final norm and language model head."""
 
     def __init__(self, model: PreTrainedModel, *, has_pooler: bool = False) -> None:
-        """`model` is a bare encoder or a causal language model loaded with the packed attention."""
+        """`model` is a bare encoder or a causal language model."""
         self.config: Any = model.config
         self.family = FAMILIES[self.config.model_type]
         base = model.base_model
@@ -132,6 +84,7 @@ class Backbone:
         self.lm_head: nn.Module | None = getattr(model, "lm_head", None) if self.family.causal else None
         self.pooler = _pooler(base) if has_pooler else None
         self.layers: list[Any] = list(attrgetter(self.family.layers)(base))
+        self._attention = [attention_options(layer, self.family, self.config) for layer in self.layers]
         self.switch = LoraSwitch()
         self.prepacked = False
         self._digest = _digest(model)
@@ -153,7 +106,7 @@ class Backbone:
         except (OSError, ValueError) as error:
             raise BaseModelError(f"base model {str(base)!r}: {error}") from error
         _check_supported(str(base), config)
-        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention.NAME}
+        options: dict[str, Any] = {"dtype": dtype}
         loader = AutoModelForCausalLM if FAMILIES[config.model_type].causal else AutoModel
         if config.model_type == "roberta":
             options["add_pooling_layer"] = False
@@ -201,6 +154,11 @@ class Backbone:
         default = self.config.hidden_size // self.config.num_attention_heads
         return int(getattr(self.config, "head_dim", None) or default)
 
+    @property
+    def layers_share_attention(self) -> bool:
+        """Whether all layers scale scores alike and see as far back, so that a call can serve several."""
+        return len(set(self._attention)) == 1
+
     def prepack(self) -> None:
         """Lay the weights of all layers out for inference (`molex/prepack.py`); no gradients afterwards."""
         if can_prepack(self.dtype, self.device) and not self.prepacked:
@@ -211,46 +169,77 @@ class Backbone:
                         module.base = PrepackedLinear(module.base)
 
     def embed(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
-        """Token ids, positions and token types [n] → hidden states [1, n, d]."""
+        """Token ids, positions and token types [n] → hidden states [n, d]."""
         types = None if types is None else types[None]
-        return self.family.embed(self._base, tokens[None], positions[None], types)
+        return self.family.embed(self._base, tokens[None], positions[None], types)[0]
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(cos, sin) [1, n, head_dim] at positions [n], for families that rotate queries and keys."""
+        """(cos, sin) [n, head_dim] at positions [n], for families that rotate queries and keys."""
         if not self.family.rotary:
             return None
-        return self._base.rotary_emb(hidden, positions[None])  # type: ignore[no-any-return]
+        cos, sin = self._base.rotary_emb(hidden[None], positions[None])
+        return cos[0], sin[0]
 
-    def run_layer(
+    def run_layers(
         self,
-        layer: int,
+        calls: Sequence[LayerCall],
         hidden: Tensor,
         packed: Packed,
-        lora: ActiveLora | None,
         rotary: tuple[Tensor, Tensor] | None,
         kv: KVStreams | None,
-    ) -> Tensor:
-        """Run one layer on packed rows [1, n, d], with the low-rank updates of their adapters."""
-        rows = hidden.shape[1]
-        padding = padded_rows(rows) - rows if self.prepacked else 0
-        options = {} if rotary is None else {"position_embeddings": [_pad(x, padding) for x in rotary]}
-        self.switch.active = lora
-        try:
-            output: Tensor = self.layers[layer](
-                _pad(hidden, padding), attention_mask=None, packed=packed, kv=kv, **options
-            )
-        finally:
-            self.switch.active = None
-        return output[:, :rows]
+    ) -> list[Tensor]:
+        """Run layers on rows of hidden [n, d]; the output [m, d] of each.
+
+        `packed` describes the rows of all calls side by side, `rotary` is for these. Several calls need
+        `layers_share_attention`.
+        """
+        inputs = [self._rows(hidden, call.tokens) for call in calls]
+        lengths = [len(hidden) if call.tokens is None else len(call.tokens) for call in calls]
+        projected = [self._project(call, x) for call, x in zip(calls, inputs, strict=True)]
+        query, key, value = (
+            _side_by_side(pieces, lengths).unflatten(-1, (-1, self.head_dim))
+            for pieces in zip(*projected, strict=True)
+        )
+        if rotary is not None:
+            query, key = _rotated(query, key, *rotary)
+        scaling, window = self._attention[calls[0].layer]
+        attended = packed_attention(query, key, value, packed, kv, scaling, window).flatten(-2)
+        pieces = attended.split(lengths)
+        return [self._finish(call, x, piece) for call, x, piece in zip(calls, inputs, pieces, strict=True)]
+
+    def _rows(self, hidden: Tensor, tokens: Tensor | None) -> Tensor:
+        """Some rows of hidden, followed by padding where the weights are prepacked."""
+        rows = hidden if tokens is None else hidden.index_select(0, tokens)
+        return _padded(rows, padded_rows(len(rows))) if self.prepacked else rows
+
+    def _project(self, call: LayerCall, x: Tensor) -> Sequence[Tensor]:
+        with self.switch.on(call.lora):
+            return self.family.project(self.layers[call.layer], x)
+
+    def _finish(self, call: LayerCall, x: Tensor, attended: Tensor) -> Tensor:
+        with self.switch.on(call.lora):
+            output = self.family.finish(self.layers[call.layer], x, _padded(attended, len(x)))
+        return output[: len(attended)]
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm after the last layer, where the family has one."""
         return hidden if self.family.norm is None else getattr(self._base, self.family.norm)(hidden)
 
 
-def _pad(x: Tensor, rows: int) -> Tensor:
-    """x [1, n, d] with rows of zeros behind."""
-    return functional.pad(x, (0, 0, 0, rows)) if rows else x
+def _padded(x: Tensor, rows: int) -> Tensor:
+    """x [n, d] with rows of zeros behind."""
+    return x if len(x) == rows else functional.pad(x, (0, 0, 0, rows - len(x)))
+
+
+def _side_by_side(pieces: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+    """The first rows of each piece, without its padding."""
+    rows = [piece[:length] for piece, length in zip(pieces, lengths, strict=True)]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Sequence[Tensor]:
+    """Rotary position embedding of query and key [n, heads, head_dim]."""
+    return apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=1)  # type: ignore[no-any-return]
 
 
 def _check_supported(base: str, config: PretrainedConfig) -> None:

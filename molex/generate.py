@@ -13,8 +13,9 @@ import torch
 from molex.adapter import BARE, Adapter
 from molex.errors import InputError
 from molex.kv_cache import KVCache
-from molex.model import MolexModel, Row
+from molex.model import MolexModel
 from molex.routing import Route
+from molex.row import Row
 from molex.sampling import SamplingParams, new_generator, sample
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0)

@@ -15,14 +15,13 @@ little (on the CPU that we measured, products this small were slower in bfloat16
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-from molex.packing import Packed
 
 Site = tuple[int, str]
 """A linear layer that can be adapted: (layer, name of the module in its block)."""
@@ -139,20 +138,23 @@ OPERATIONS_PER_CALL = 2_000_000
 
 
 class ActiveLora:
-    """The low-rank updates for the packed rows that a block is running on."""
+    """The low-rank updates for the rows that a layer is running on.
 
-    def __init__(self, batch: BatchLora, packed: Packed) -> None:
+    `segments` lists the runs of rows of one adapter, from the first row on: (member, first row, end).
+    """
+
+    def __init__(self, batch: BatchLora, segments: Sequence[tuple[int, int, int]]) -> None:
         self.batch = batch
-        self.packed = packed
+        self.segments = segments
         self._gates: dict[tuple[tuple[int, int], ...], Tensor] = {}
         self._input: tuple[Tensor, Tensor] | None = None
 
     def add(self, y: Tensor, x: Tensor, site: Site) -> Tensor:
-        """y [1, n, out] plus the updates at `site` of the adapters of the rows x [1, n, in]."""
+        """y [n, out] plus the updates at `site` of the adapters of the rows x [n, in]."""
         updates = self.batch.updates.get(site)
         if updates is None:
             return y
-        segments = [(updates[m], start, stop) for m, start, stop in self.packed.segments if m in updates]
+        segments = [(updates[m], start, stop) for m, start, stop in self.segments if m in updates]
         if not segments:
             return y
         x = self._widened(x, segments[0][0].a.dtype)
@@ -160,8 +162,8 @@ class ActiveLora:
             x = functional.dropout(x, self._dropout(), training=True)
         elif len(segments) > 1 and self._gated_is_cheaper(y, x, site, len(segments)):
             stack = self.batch.stack(site)
-            return low_rank_gated(y[0], x[0], stack.a, stack.b, self._gate(stack, y.shape[1]))[None]
-        return low_rank_segments(y[0], x[0], segments)[None]
+            return low_rank_gated(y, x, stack.a, stack.b, self._gate(stack, len(y)))
+        return low_rank_segments(y, x, segments)
 
     def _widened(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x in the precision of the factors; queries, keys and values of a block share one conversion."""
@@ -175,13 +177,14 @@ class ActiveLora:
         return max(adapter.dropout for adapter in self.batch.adapters)
 
     def _gated_is_cheaper(self, y: Tensor, x: Tensor, site: Site, calls: int) -> bool:
-        operations = 2 * x.shape[1] * self.batch.ranks[site] * (x.shape[2] + y.shape[2])
+        operations = 2 * len(x) * self.batch.ranks[site] * (x.shape[1] + y.shape[1])
         return operations < calls * OPERATIONS_PER_CALL
 
     def _gate(self, stack: _Stack, rows: int) -> Tensor:
         """G [n, R]: the scaling where a rank belongs to the row's adapter, else 0; kept by layout."""
         if stack.layout not in self._gates:
-            members = self.packed.spread(torch.tensor(self.packed.members, device=stack.owners.device))
+            owned = torch.tensor([(m, stop - start) for m, start, stop in self.segments])
+            members = owned[:, 0].repeat_interleave(owned[:, 1]).to(stack.owners.device)
             gates = (members[:, None] == stack.owners) * stack.scalings
             self._gates[stack.layout] = functional.pad(gates, (0, 0, 0, rows - len(gates)))
         return self._gates[stack.layout]
@@ -191,6 +194,15 @@ class LoraSwitch:
     """What the adapted layers of a backbone add to their output at the moment; None: nothing."""
 
     active: ActiveLora | None = None
+
+    @contextmanager
+    def on(self, active: ActiveLora | None) -> Iterator[None]:
+        """Add the updates of `active` for the time of a call."""
+        self.active = active
+        try:
+            yield
+        finally:
+            self.active = None
 
 
 class AdaptedLinear(nn.Module):

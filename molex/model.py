@@ -1,4 +1,4 @@
-"""The packed forward: one base model, many adapters, one batch.
+"""The packed forward: one base model, many adapters, one forward.
 
 Training, offline use and serving all run `MolexModel.run`.
 """
@@ -16,30 +16,13 @@ from torch import Tensor
 
 from molex.adapter import BARE, Adapter
 from molex.adapter_file import read_adapter
-from molex.attention import KVStreams
 from molex.backbone import Backbone, BaseSpec
 from molex.errors import InputError
+from molex.forward import Forward
 from molex.kv_cache import KVCache
-from molex.lora import ActiveLora, BatchLora
-from molex.packing import Packed
-from molex.routing import Route, RouteGroup, Router, flat_route
-
-
-@dataclass
-class Row:
-    """One request's part of a packed batch.
-
-    `token_ids` are the tokens to run now. The first `voters` of them decide the route (None: all of them),
-    unless `route` pins it. A generation has a cache `slot`, in which `start` earlier tokens are kept.
-    """
-
-    token_ids: Sequence[int]
-    adapter: Adapter = BARE
-    voters: int | None = None
-    token_type_ids: Sequence[int] | None = None
-    slot: int | None = None
-    start: int = 0
-    route: Route | None = None
+from molex.lora import BatchLora
+from molex.routing import Route, Router, flat_route
+from molex.row import Row, check
 
 
 @dataclass(frozen=True)
@@ -72,19 +55,6 @@ class ModelOutput:
 
     logits: list[Tensor]
     routes: list[list[int | tuple[int, ...]]]
-
-
-@dataclass
-class _Batch:
-    """Rows ordered by adapter, and all that the layers need to know of them."""
-
-    rows: list[Row]
-    order: list[int]
-    adapters: list[Adapter]
-    packed: Packed
-    lora: BatchLora
-    rotary: tuple[Tensor, Tensor] | None
-    cache: KVCache | None
 
 
 class MolexModel:
@@ -208,80 +178,26 @@ class MolexModel:
         if not rows:
             return RunOutput([], [], torch.zeros(()), RunStats(0, 0, 0))
         for number, row in enumerate(rows):
-            self._check(number, row, cache)
-        batch = self._pack(rows, cache)
-        packed = batch.packed
-        voters = [len(row.token_ids) if row.voters is None else row.voters for row in batch.rows]
-        router = Router(batch.adapters, packed, voters, [row.route for row in batch.rows])
-        hidden = self._embed(batch)
-        batch.rotary = self.backbone.rotary(hidden, packed.positions)
+            check(number, row, self.spec, cache)
+        adapters = list({id(row.adapter): row.adapter for row in rows}.values())
+        forward = Forward(rows, adapters, self._lora_of(adapters), cache, self.backbone)
+        voters = [len(row.token_ids) if row.voters is None else row.voters for row in forward.rows]
+        router = Router(adapters, forward.packed, voters, [row.route for row in forward.rows])
+        hidden = forward.embed()
         distinct_layers = 0
         for depth in range(self.spec.num_layers):
-            plan = router.plan(depth, hidden[0])
-            own = self._run_own(batch, depth, hidden)
-            if plan is None:
-                hidden = own
-                continue
+            plan = router.plan(depth, hidden)
             distinct_layers += len(plan.groups)
-            # Mixed in at least float32: 0.95 and 0.05 rounded to bfloat16 no longer sum to 1.
-            mixed = own[0].to(plan.own.dtype) * packed.spread(plan.own)[:, None]
-            for group in plan.groups:
-                self._add_routed(mixed, batch, depth, group, hidden)
-            hidden = mixed.to(hidden.dtype)[None]
-        logits = self._logits(batch, hidden[0], lm_logits)
+            hidden = forward.run_depth(depth, plan, hidden)
+        logits = forward.logits(hidden, lm_logits)
         routes, losses = router.routes, router.balance_losses
-        inverse = sorted(range(len(rows)), key=batch.order.__getitem__)
+        inverse = sorted(range(len(rows)), key=forward.order.__getitem__)
         return RunOutput(
             [logits[i] for i in inverse],
             [routes[i] for i in inverse],
             torch.stack(losses).mean() if losses else torch.zeros((), device=self.device),
-            RunStats(packed.num_tokens, len(batch.adapters), distinct_layers),
+            RunStats(forward.packed.num_tokens, len(adapters), distinct_layers),
         )
-
-    def _check(self, number: int, row: Row, cache: KVCache | None) -> None:
-        """Refuse what would make the embedding or the cache fail for the whole batch."""
-        length, limit = row.start + len(row.token_ids), self.spec.max_length
-        if not len(row.token_ids):
-            raise InputError(f"request {number}: no tokens")
-        if length > limit:
-            raise InputError(f"request {number}: {length} tokens, but the base model takes at most {limit}")
-        if not 0 <= min(row.token_ids) <= max(row.token_ids) < self.spec.vocab_size:
-            raise InputError(f"request {number}: a token id is not in 0..{self.spec.vocab_size - 1}")
-        if row.voters is not None and not 1 <= row.voters <= len(row.token_ids):
-            raise InputError(f"request {number}: {row.voters} of {len(row.token_ids)} tokens cannot vote")
-        if row.start and row.slot is None:
-            raise InputError(
-                f"request {number}: {row.start} earlier tokens, but no cache slot that holds them"
-            )
-        if row.start and row.adapter.gates and row.route is None:
-            raise InputError(f"request {number}: the route of its {row.start} earlier tokens is not pinned")
-        if row.slot is not None and (cache is None or length > cache.max_length):
-            raise InputError(f"request {number}: {length} tokens do not fit its cache slot")
-        if row.token_type_ids is not None:
-            self._check_types(number, row.token_type_ids, len(row.token_ids))
-
-    def _check_types(self, number: int, types: Sequence[int], length: int) -> None:
-        if not self.spec.token_types:
-            raise InputError(f"request {number}: {self.spec.model_type} has no token types")
-        if len(types) != length:
-            raise InputError(f"request {number}: {len(types)} token types for {length} tokens")
-        if not 0 <= min(types) <= max(types) < self.spec.token_types:
-            raise InputError(f"request {number}: a token type is not in 0..{self.spec.token_types - 1}")
-
-    def _pack(self, rows: Sequence[Row], cache: KVCache | None) -> _Batch:
-        """Order the rows by adapter, so that each adapter's tokens are neighbours."""
-        adapters = list({id(row.adapter): row.adapter for row in rows}.values())
-        member_of = {id(adapter): n for n, adapter in enumerate(adapters)}
-        order = sorted(range(len(rows)), key=lambda i: member_of[id(rows[i].adapter)])
-        ordered = [rows[i] for i in order]
-        packed = Packed(
-            [len(row.token_ids) for row in ordered],
-            [row.start for row in ordered],
-            [member_of[id(row.adapter)] for row in ordered],
-            causal=self.backbone.family.causal,
-            device=self.device,
-        )
-        return _Batch(ordered, order, adapters, packed, self._lora_of(adapters), None, cache)
 
     def _lora_of(self, adapters: list[Adapter]) -> BatchLora:
         """Keep the last batch's stacked factors: a decoding step has the adapters of the one before."""
@@ -290,84 +206,3 @@ class MolexModel:
         if len(kept) != len(weights) or any(a is not b for a, b in zip(kept, weights, strict=True)):
             self._batch_lora = BatchLora(weights)
         return self._batch_lora
-
-    def _embed(self, batch: _Batch) -> Tensor:
-        ids = [token for row in batch.rows for token in row.token_ids]
-        tokens = torch.tensor(ids, device=self.device)
-        types = None
-        if any(row.token_type_ids is not None for row in batch.rows):
-            flat = [t for row in batch.rows for t in row.token_type_ids or [0] * len(row.token_ids)]
-            types = torch.tensor(flat, device=self.device)
-        return self.backbone.embed(tokens, batch.packed.positions, types)
-
-    def _run_own(self, batch: _Batch, depth: int, hidden: Tensor) -> Tensor:
-        """L_depth(hidden) on all rows."""
-        kv = self._streams(batch, depth, range(len(batch.packed)), None)
-        return self._run_layer(batch, depth, hidden, batch.packed, batch.rotary, kv)
-
-    def _add_routed(
-        self, mixed: Tensor, batch: _Batch, depth: int, group: RouteGroup, hidden: Tensor
-    ) -> None:
-        """mixed[tokens of the group] += weight · L_layer(hidden[tokens of the group])."""
-        packed = batch.packed.subset(group.requests)
-        tokens = batch.packed.tokens(group.requests)
-        rotary = batch.rotary and (
-            batch.rotary[0].index_select(1, tokens),
-            batch.rotary[1].index_select(1, tokens),
-        )
-        kv = self._streams(batch, depth, group.requests, group.choices)
-        routed = self._run_layer(batch, group.layer, hidden.index_select(1, tokens), packed, rotary, kv)[0]
-        mixed.index_add_(0, tokens, routed.to(mixed.dtype) * packed.spread(group.weights)[:, None])
-
-    def _run_layer(
-        self,
-        batch: _Batch,
-        layer: int,
-        hidden: Tensor,
-        packed: Packed,
-        rotary: tuple[Tensor, Tensor] | None,
-        kv: KVStreams | None,
-    ) -> Tensor:
-        lora = ActiveLora(batch.lora, packed) if batch.lora.updates else None
-        return self.backbone.run_layer(layer, hidden, packed, lora, rotary, kv)
-
-    def _streams(
-        self, batch: _Batch, depth: int, requests: Sequence[int], choices: Sequence[int] | None
-    ) -> KVStreams | None:
-        """Where the requests keep keys and values at a depth: own streams, or those of routed choices."""
-        if batch.cache is None:
-            return None
-        streams: list[int | None] = []
-        for n, i in enumerate(requests):
-            slot, choice = batch.rows[i].slot, 0 if choices is None else choices[n]
-            streams.append(None if slot is None else batch.cache.stream(slot, choice))
-        return KVStreams(batch.cache.depths[depth], streams)
-
-    def _logits(self, batch: _Batch, hidden: Tensor, lm_logits: str) -> list[Tensor]:
-        """Heads on the pooled tokens, the language model head or the bare hidden states on the others."""
-        hidden = self.backbone.final_norm(hidden)
-        results: dict[int, Tensor] = {}
-        generated: list[int] = []
-        offsets = batch.packed.offsets
-        for member, adapter in enumerate(batch.adapters):
-            requests = [i for i, m in enumerate(batch.packed.members) if m == member]
-            if adapter.head is not None:
-                at = [offsets[i] if adapter.head.pools_first_token else offsets[i + 1] - 1 for i in requests]
-                results |= zip(requests, adapter.head.logits(hidden[at], self.backbone.pooler), strict=True)
-            elif self.backbone.lm_head is None:
-                results |= {i: hidden[offsets[i] : offsets[i + 1]] for i in requests}
-            else:
-                generated += requests
-        if generated:
-            results |= self._lm_logits(batch.packed, hidden, generated, lm_logits)
-        return [results[i] for i in range(len(batch.rows))]
-
-    def _lm_logits(
-        self, packed: Packed, hidden: Tensor, requests: list[int], lm_logits: str
-    ) -> dict[int, Tensor]:
-        assert self.backbone.lm_head is not None
-        if lm_logits == "last":
-            ends = [packed.offsets[i + 1] - 1 for i in requests]
-            return dict(zip(requests, self.backbone.lm_head(hidden[ends]), strict=True))
-        logits = self.backbone.lm_head(hidden[packed.tokens(requests)])
-        return dict(zip(requests, logits.split([packed.lengths[i] for i in requests]), strict=True))

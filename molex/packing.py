@@ -11,7 +11,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-
 # PyTorch's float32 attention on a CPU is fastest at these lengths: 32 queries take less time than 22.
 LENGTH_STEP = 16
 # What a call reads and writes should fit the cache of a core or two.
@@ -22,7 +21,7 @@ ROWS_PER_CALL = 512
 class AttentionGroup:
     """Requests whose attention runs in one call.
 
-    Each takes `queries` rows, of which the first `lengths[i]` are its tokens and the others padding; `keys[i]`
+    Each takes `queries` rows: the first `lengths[i]` are its tokens, the others padding. `keys[i]`
     counts those tokens and the cached ones before them.
     """
 
@@ -75,11 +74,6 @@ class Packed:
         return self.offsets[-1]
 
     @cached_property
-    def owners(self) -> Tensor:
-        """The request [n] that each token belongs to."""
-        return self.spread(torch.arange(len(self), device=self.device))
-
-    @cached_property
     def positions(self) -> Tensor:
         """The position [n] of each token in its own request, counted from 0."""
         shift = [past - offset for past, offset in zip(self.past, self.offsets, strict=False)]
@@ -87,15 +81,16 @@ class Packed:
             torch.tensor(shift, device=self.device)
         )
 
-    @cached_property
-    def segments(self) -> list[tuple[int, int, int]]:
-        """Runs of tokens of one adapter: (member, first token, end)."""
+    def segments(self, requests: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Runs of tokens of one adapter where some requests lie side by side: (member, first token, end)."""
         runs: list[tuple[int, int, int]] = []
-        for member, start, stop in zip(self.members, self.offsets, self.offsets[1:], strict=False):
-            if runs and runs[-1][0] == member:
-                runs[-1] = (member, runs[-1][1], stop)
+        end = 0
+        for i in requests:
+            start, end = end, end + self.lengths[i]
+            if runs and runs[-1][0] == self.members[i]:
+                runs[-1] = (self.members[i], runs[-1][1], end)
             else:
-                runs.append((member, start, stop))
+                runs.append((self.members[i], start, end))
         return runs
 
     @cached_property
@@ -176,7 +171,9 @@ class Packed:
             return None
         rows = [group.queries for group in self.groups for _ in group.requests]
         ends = [self.offsets[i + 1] - 1 for i in order]
-        shifts = [self.offsets[i] - first for i, first in zip(order, accumulate(rows, initial=0), strict=False)]
+        shifts = [
+            self.offsets[i] - first for i, first in zip(order, accumulate(rows, initial=0), strict=False)
+        ]
         repeats, last, shift = torch.tensor([rows, ends, shifts], device=self.device)
         numbers = torch.arange(sum(rows), device=self.device)
         spread = torch.repeat_interleave(torch.stack([last, shift]), repeats, dim=1, output_size=len(numbers))

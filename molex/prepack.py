@@ -36,7 +36,7 @@ def can_prepack(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class PrepackedLinear(nn.Module):
-    """y = x Wᵀ + b for x [1, n, in], without gradients."""
+    """y = x Wᵀ + b for x [n, in], without gradients."""
 
     def __init__(self, linear: nn.Module) -> None:
         """Take over the weight of an `nn.Linear` or transformers `Conv1D`."""

@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from molex.adapter import BARE, Adapter
-from molex.backbone import FAMILIES
 from molex.config import MolexConfig
+from molex.family import FAMILIES
 from molex.routing import Choice, Route
 
 

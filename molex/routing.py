@@ -50,9 +50,12 @@ class RouteGroup:
 
 @dataclass(frozen=True)
 class RoutePlan:
-    """One depth of a batch: z' = own · L_t(z) + Σ_groups weights · L_layer(z). `own` is [r]."""
+    """One depth of a batch: z' = own · L_t(z) + Σ_groups weights · L_layer(z).
 
-    own: Tensor
+    `own` is [r], or None where no request mixes and z' = L_t(z).
+    """
+
+    own: Tensor | None
     groups: list[RouteGroup]
 
 
@@ -176,11 +179,11 @@ class Router:
             for made, pinned in zip(self._choices, self.pinned, strict=True)
         ]
 
-    def plan(self, depth: int, hidden: Tensor) -> RoutePlan | None:
-        """Decide a depth from its input [n, d]; None where no request mixes."""
+    def plan(self, depth: int, hidden: Tensor) -> RoutePlan:
+        """Decide a depth from its input [n, d]."""
         mixing = [i for i, m in enumerate(self.packed.members) if depth in self.adapters[m].gates]
         if not mixing:
-            return None
+            return RoutePlan(None, [])
         voting = [i for i in mixing if self.pinned[i] is None]
         following = [i for i in mixing if self.pinned[i] is not None]
         entries: list[tuple[int, int, int]] = []
@@ -284,15 +287,18 @@ class Router:
 
     def _pairs_at(self, depth: int, mixing: list[int]) -> tuple[Tensor, Tensor]:
         """(w_own, w_routed), each [m], of the mixing requests."""
-        rows = []
-        for i in mixing:
-            member = self.packed.members[i]
-            pairs, molex = self._pairs[member], self.adapters[member].molex
-            assert pairs is not None
-            assert molex is not None
-            rows.append(pairs[molex.mixed_depths.index(depth)])
-        both = torch.stack(rows)
+        members = [self.packed.members[i] for i in mixing]
+        rows = {member: self._pair(member, depth) for member in dict.fromkeys(members)}
+        place = {member: n for n, member in enumerate(rows)}
+        index = torch.tensor([place[member] for member in members], device=self.packed.device)
+        both = torch.stack(list(rows.values())).index_select(0, index)
         return both[:, 0], both[:, 1]
+
+    def _pair(self, member: int, depth: int) -> Tensor:
+        pairs, molex = self._pairs[member], self.adapters[member].molex
+        assert pairs is not None
+        assert molex is not None
+        return pairs[molex.mixed_depths.index(depth)]
 
 
 def _differentiable_weights(election: Election, ballots: Ballots, molex: MolexConfig) -> Tensor:

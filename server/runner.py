@@ -10,7 +10,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from molex.model import MolexModel, Row, RunStats
+from molex.model import MolexModel, RunStats
+from molex.row import Row
 from molex.sampling import SampledToken, new_generator, sample
 from server.detokenizer import TextStream
 from server.errors import internal_error

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.utils import logging
 
 from molex.adapter import Adapter, assemble, new_adapter
-from molex.backbone import FAMILIES, BaseSpec
+from molex.backbone import BaseSpec
 from molex.config import AdapterConfig, GateConfig, MolexConfig, VoteConfig
+from molex.family import FAMILIES
 
 ENCODERS = ("bert", "roberta")
 DECODERS = ("gpt2", "llama", "mistral", "qwen2")

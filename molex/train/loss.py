@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from molex.adapter import Adapter
-from molex.model import Row
+from molex.row import Row
 from molex.train.encoding import Item
 
 

@@ -86,14 +86,15 @@ def test_running_leaves_the_base_as_it_was(family, base_folder):
     assert model.backbone.switch.active is None
 
 
-def test_nothing_stays_switched_on_after_a_failure(base_folder):
+@pytest.mark.parametrize("module", ["attention.self.key", "output"])
+def test_nothing_stays_switched_on_after_a_failure(module, base_folder, monkeypatch):
     model = MolexModel.from_pretrained(base_folder("roberta"))
     adapter = random_adapter(model.spec, seed=1)
 
     def fail(*_args, **_options):
         raise RuntimeError("out of memory")
 
-    model.backbone.layers[1] = fail
+    monkeypatch.setattr(model.backbone.layers[1].get_submodule(module), "forward", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         model.run([Row([5], adapter)])
     assert model.backbone.switch.active is None

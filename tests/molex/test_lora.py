@@ -43,6 +43,10 @@ def pack(lengths, members):
     return Packed(lengths, [0] * len(lengths), members, causal=False, device=torch.device("cpu"))
 
 
+def all_segments(packed):
+    return packed.segments(range(len(packed)))
+
+
 @st.composite
 def batches(draw):
     """Rows per adapter and ranks; None for an adapter that leaves the site alone."""
@@ -58,7 +62,9 @@ def build(batch, dtype):
         for n, (rank, _) in enumerate(batch)
     ]
     packed = pack([rows for _, rows in batch], list(range(len(batch))))
-    segments = [(weights[m].updates[SITE], start, stop) for m, start, stop in packed.segments if batch[m][0]]
+    segments = [
+        (weights[m].updates[SITE], start, stop) for m, start, stop in all_segments(packed) if batch[m][0]
+    ]
     n = packed.num_tokens
     return randn(n, OUT, seed=1, dtype=dtype), randn(n, IN, seed=2, dtype=dtype), packed, weights, segments
 
@@ -117,7 +123,7 @@ def test_no_segments_change_nothing():
 
 
 def active(packed, weights):
-    return ActiveLora(BatchLora(weights), packed)
+    return ActiveLora(BatchLora(weights), all_segments(packed))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -127,7 +133,7 @@ def test_the_batch_equals_the_reference_in_any_form(form, dtype, batch):
     y, x, packed, weights, segments = build(batch, dtype)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(lora, "OPERATIONS_PER_CALL", FORMS[form])
-        result = active(packed, weights).add(y[None].clone(), x[None], SITE)[0]
+        result = active(packed, weights).add(y.clone(), x, SITE)
     expected = low_rank_reference(y, x, segments)
     torch.testing.assert_close(result, expected, atol=EXACT[dtype] * 100, rtol=EXACT[dtype])
 
@@ -140,7 +146,7 @@ def test_bfloat16_rows_are_rounded_once(form, batch):
     x = randn(packed.num_tokens, IN, seed=2).bfloat16()
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(lora, "OPERATIONS_PER_CALL", FORMS[form])
-        result = active(packed, weights).add(y[None].clone(), x[None], SITE)[0]
+        result = active(packed, weights).add(y.clone(), x, SITE)
     assert result.dtype == torch.bfloat16
     update = low_rank_reference(torch.zeros_like(y, dtype=torch.float32), x.float(), segments)
     # The update is exact up to its one rounding to 8 bits, and so is the sum.
@@ -155,7 +161,7 @@ def test_one_adapter_may_stand_in_several_places_and_others_between(form, monkey
     packed = pack([1, 2, 1, 1], [0, 0, 1, 2])
     y, x = randn(5, OUT, seed=1), randn(5, IN, seed=2)
     with torch.no_grad():
-        result = active(packed, [shared, other, LoraWeights()]).add(y[None].clone(), x[None], SITE)[0]
+        result = active(packed, [shared, other, LoraWeights()]).add(y.clone(), x, SITE)
     expected = low_rank_reference(y, x, [(shared.updates[SITE], 0, 3), (other.updates[SITE], 3, 4)])
     torch.testing.assert_close(result, expected)
     assert torch.equal(result[4], y[4])
@@ -164,10 +170,10 @@ def test_one_adapter_may_stand_in_several_places_and_others_between(form, monkey
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_site_that_no_adapter_has_is_left_alone(grad):
     packed = pack([2], [0])
-    y = randn(1, 2, OUT, seed=1)
+    y = randn(2, OUT, seed=1)
     with torch.set_grad_enabled(grad):
         result = active(packed, [LoraWeights({SITE: low_rank(2, seed=1)})]).add(
-            y.clone(), randn(1, 2, IN, seed=2), OTHER_SITE
+            y.clone(), randn(2, IN, seed=2), OTHER_SITE
         )
     assert torch.equal(result, y)
 
@@ -178,7 +184,7 @@ def test_gradients_equal_those_of_the_reference(batch):
     leaves = [t for w in weights for u in w.updates.values() for t in (u.a, u.b)]
     leaves = [t.requires_grad_() for t in (*leaves, x, y)]
     direction = randn(*y.shape, seed=3)
-    result = active(packed, weights).add(y[None], x[None], SITE)[0]
+    result = active(packed, weights).add(y, x, SITE)
     expected = torch.zeros_like(y) + y
     for update, start, stop in segments:
         change = update.scaling * (x[start:stop] @ update.a.T @ update.b.T)
@@ -195,7 +201,7 @@ def test_gradients_equal_those_of_the_reference(batch):
 def test_dropout_acts_on_the_inputs_in_training_only():
     weights = [LoraWeights({SITE: low_rank(2, seed=1)}, dropout=0.5)]
     packed = pack([40], [0])
-    y, x = torch.zeros(1, 40, OUT, dtype=torch.float64), randn(1, 40, IN, seed=2)
+    y, x = torch.zeros(40, OUT, dtype=torch.float64), randn(40, IN, seed=2)
     kept = active(packed, [LoraWeights(weights[0].updates)]).add(y, x, SITE)
     torch.manual_seed(0)
     assert not torch.allclose(active(packed, weights).add(y, x, SITE), kept)
@@ -206,7 +212,7 @@ def test_dropout_acts_on_the_inputs_in_training_only():
 def test_an_adapted_linear_is_its_base_unless_switched_on():
     switch = LoraSwitch()
     linear = AdaptedLinear(nn.Linear(IN, OUT, dtype=torch.float64), SITE, switch)
-    x = randn(1, 3, IN, seed=1)
+    x = randn(3, IN, seed=1)
     with torch.no_grad():
         base = linear.base(x)
         assert torch.equal(linear(x), base)

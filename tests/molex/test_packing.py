@@ -63,15 +63,14 @@ def test_a_subset_is_packed_like_its_requests(layout, data):
     assert not subset.causal
 
 
-@given(layouts())
-def test_segments_are_the_longest_runs_of_one_adapter(layout):
+@given(layouts(), st.data())
+def test_segments_are_the_longest_runs_of_one_adapter(layout, data):
     packed = pack(*layout)
-    runs = packed.segments
-    assert [token for _, start, stop in runs for token in range(start, stop)] == list(
-        range(packed.num_tokens)
-    )
-    owners = packed.spread(torch.tensor(packed.members)).tolist()
-    assert all(set(owners[start:stop]) == {member} for member, start, stop in runs)
+    requests = requests_of(data, packed)
+    runs = packed.segments(requests)
+    members = [packed.members[i] for i in requests for _ in range(packed.lengths[i])]
+    assert [token for _, start, stop in runs for token in range(start, stop)] == list(range(len(members)))
+    assert all(set(members[start:stop]) == {member} for member, start, stop in runs)
     assert all(one[0] != other[0] for one, other in pairwise(runs))
 
 
@@ -104,7 +103,8 @@ def test_a_group_holds_the_tokens_of_its_requests_in_order_and_restoring_undoes_
 
 def test_requests_of_like_length_share_a_call_and_others_do_not():
     packed = pack([20, 40, 31, 7, 17], [0] * 5, [0] * 5)
-    assert [(group.requests, group.queries) for group in packed.groups] == [((0, 2, 4), 32), ((1,), 40), ((3,), 7)]
+    calls = [(group.requests, group.queries) for group in packed.groups]
+    assert calls == [((0, 2, 4), 32), ((1,), 40), ((3,), 7)]
 
 
 def test_a_call_takes_a_bounded_number_of_rows():

@@ -158,10 +158,12 @@ def test_every_request_gets_its_pair_of_weights_in_full(spec_of, seed, lengths):
     assert [len(route) for route in routes.routes] == [expected_lengths[member] for member in members]
 
 
-def test_no_plan_where_nothing_mixes(spec_of):
+def test_nothing_is_weighted_where_nothing_mixes(spec_of):
     adapter = random_adapter(spec_of("roberta"), seed=1, molex=molex_config([1]))
     routes = router([adapter], [0], [3])
-    assert routes.plan(0, hidden_for([3])) is None
+    plan = routes.plan(0, hidden_for([3]))
+    assert plan.own is None
+    assert plan.groups == []
     assert routes.plan(1, hidden_for([3])) is not None
 
 

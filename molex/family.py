@@ -1,0 +1,146 @@
+"""How the model families of transformers are put together.
+
+A layer is two functions over the modules of a stock block: what comes before attention and what comes after
+it. Between the two is attention, which has no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molex.heads import HeadKind
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model family of transformers is put together.
+
+    `root` is the base model's attribute inside a task model, as PEFT's tensor names spell it, `layers` the
+    path from there to the list of blocks, `attention` the path from a block to its attention; `project` maps
+    a block and its input [n, d] to queries, keys and values, `finish` the block, its input and what attention
+    returned to the block's output; `norm` is the norm after the last block; `rotary` says whether queries and
+    keys are rotated; `max_length` is the longest sequence that the position table takes.
+    """
+
+    root: str
+    layers: str
+    attention: str
+    head: HeadKind
+    embed: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
+    project: Callable[[Any, Tensor], Sequence[Tensor]]
+    finish: Callable[[Any, Tensor, Tensor], Tensor]
+    max_length: Callable[[Any], int]
+    causal: bool = True
+    norm: str | None = None
+    rotary: bool = False
+
+
+def _embed_bert(base: Any, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+    types = torch.zeros_like(tokens) if types is None else types
+    return base.embeddings(input_ids=tokens, position_ids=positions, token_type_ids=types)  # type: ignore[no-any-return]
+
+
+def _embed_roberta(base: Any, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+    return _embed_bert(base, tokens, positions + base.config.pad_token_id + 1, types)
+
+
+def _embed_gpt2(base: Any, tokens: Tensor, positions: Tensor, _types: Tensor | None) -> Tensor:
+    return base.wte(tokens) + base.wpe(positions)  # type: ignore[no-any-return]
+
+
+def _embed_llama(base: Any, tokens: Tensor, _positions: Tensor, _types: Tensor | None) -> Tensor:
+    return base.embed_tokens(tokens)  # type: ignore[no-any-return]
+
+
+def _project_bert(block: Any, x: Tensor) -> Sequence[Tensor]:
+    attention = block.attention.self
+    return attention.query(x), attention.key(x), attention.value(x)
+
+
+def _finish_bert(block: Any, x: Tensor, attended: Tensor) -> Tensor:
+    return block.feed_forward_chunk(block.attention.output(attended, x))  # type: ignore[no-any-return]
+
+
+def _project_gpt2(block: Any, x: Tensor) -> Sequence[Tensor]:
+    return block.attn.c_attn(block.ln_1(x)).chunk(3, dim=-1)  # type: ignore[no-any-return]
+
+
+def _finish_gpt2(block: Any, x: Tensor, attended: Tensor) -> Tensor:
+    x = x + block.attn.c_proj(attended)
+    return x + block.mlp(block.ln_2(x))  # type: ignore[no-any-return]
+
+
+def _project_llama(block: Any, x: Tensor) -> Sequence[Tensor]:
+    attention, x = block.self_attn, block.input_layernorm(x)
+    return attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+
+
+def _finish_llama(block: Any, x: Tensor, attended: Tensor) -> Tensor:
+    x = x + block.self_attn.o_proj(attended)
+    return x + block.mlp(block.post_attention_layernorm(x))  # type: ignore[no-any-return]
+
+
+_BERT = Family(
+    root="bert",
+    layers="encoder.layer",
+    attention="attention.self",
+    head="bert",
+    embed=_embed_bert,
+    project=_project_bert,
+    finish=_finish_bert,
+    max_length=attrgetter("max_position_embeddings"),
+    causal=False,
+)
+_LLAMA = Family(
+    root="model",
+    layers="layers",
+    attention="self_attn",
+    head="score",
+    embed=_embed_llama,
+    project=_project_llama,
+    finish=_finish_llama,
+    max_length=attrgetter("max_position_embeddings"),
+    norm="norm",
+    rotary=True,
+)
+FAMILIES: Mapping[str, Family] = {
+    "bert": _BERT,
+    "roberta": replace(
+        _BERT,
+        root="roberta",
+        head="roberta",
+        embed=_embed_roberta,
+        # Positions start behind the padding index.
+        max_length=lambda config: config.max_position_embeddings - config.pad_token_id - 1,
+    ),
+    "gpt2": Family(
+        root="transformer",
+        layers="h",
+        attention="attn",
+        head="score",
+        embed=_embed_gpt2,
+        project=_project_gpt2,
+        finish=_finish_gpt2,
+        max_length=attrgetter("max_position_embeddings"),
+        norm="ln_f",
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+}
+
+
+def attention_options(block: Any, family: Family, config: Any) -> tuple[float, int | None]:
+    """What a block's attention multiplies scores by, and how many tokens back it sees (None: all).
+
+    Qwen2 sets the window for each layer, Mistral for all.
+    """
+    attention = attrgetter(family.attention)(block)
+    everywhere = config.sliding_window if config.model_type == "mistral" else None
+    return attention.scaling, getattr(attention, "sliding_window", None) or everywhere

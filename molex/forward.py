@@ -1,0 +1,174 @@
+"""One packed forward pass, depth by depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from molex.adapter import Adapter
+from molex.attention import KVStreams
+from molex.backbone import Backbone, LayerCall
+from molex.kv_cache import KVCache
+from molex.lora import ActiveLora, BatchLora
+from molex.packing import Packed
+from molex.routing import RouteGroup, RoutePlan
+from molex.row import Row
+
+
+class Forward:
+    """Rows ordered by adapter, so that each adapter's tokens are neighbours.
+
+    `adapters` are the distinct ones, `order[i]` is the place of row i among the rows that were given.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        adapters: Sequence[Adapter],
+        lora: BatchLora,
+        cache: KVCache | None,
+        backbone: Backbone,
+    ) -> None:
+        member_of = {id(adapter): n for n, adapter in enumerate(adapters)}
+        self.order = sorted(range(len(rows)), key=lambda i: member_of[id(rows[i].adapter)])
+        self.rows = [rows[i] for i in self.order]
+        self.adapters = adapters
+        self.cache = cache
+        self.backbone = backbone
+        self.packed = Packed(
+            [len(row.token_ids) for row in self.rows],
+            [row.start for row in self.rows],
+            [member_of[id(row.adapter)] for row in self.rows],
+            causal=backbone.family.causal,
+            device=backbone.device,
+        )
+        self._rotary: tuple[Tensor, Tensor] | None = None
+        self._everyone = range(len(rows))
+        self._lora = lora
+        self._own_lora = self._active(self._everyone)
+
+    def _active(self, requests: Sequence[int]) -> ActiveLora | None:
+        return ActiveLora(self._lora, self.packed.segments(requests)) if self._lora.updates else None
+
+    def embed(self) -> Tensor:
+        """The input [n, d] of depth 0."""
+        backbone = self.backbone
+        ids = [token for row in self.rows for token in row.token_ids]
+        tokens = torch.tensor(ids, device=backbone.device)
+        types = None
+        if any(row.token_type_ids is not None for row in self.rows):
+            flat = [t for row in self.rows for t in row.token_type_ids or [0] * len(row.token_ids)]
+            types = torch.tensor(flat, device=backbone.device)
+        hidden = backbone.embed(tokens, self.packed.positions, types)
+        self._rotary = backbone.rotary(hidden, self.packed.positions)
+        return hidden
+
+    def run_depth(self, depth: int, plan: RoutePlan, hidden: Tensor) -> Tensor:
+        """z' = own · L_t(z) + Σ_groups weights · L_layer(z), for z [n, d]."""
+        own, *routed = self._run_layers(depth, plan.groups, hidden)
+        return own if plan.own is None else _mixed(self.packed, plan, own, routed)
+
+    def _run_layers(self, depth: int, groups: Sequence[RouteGroup], hidden: Tensor) -> list[Tensor]:
+        """L_t on all tokens, then the layer of each group on the tokens of its requests."""
+        calls = [LayerCall(depth, None, self._own_lora)]
+        calls += [
+            LayerCall(group.layer, self.packed.tokens(group.requests), self._active(group.requests))
+            for group in groups
+        ]
+        visits = [[(i, 0) for i in self._everyone]]
+        visits += [list(zip(group.requests, group.choices, strict=True)) for group in groups]
+        if self.backbone.layers_share_attention:
+            return self._run_together(depth, calls, visits, hidden)
+        return [
+            self._run_together(depth, [call], [visit], hidden)[0]
+            for call, visit in zip(calls, visits, strict=True)
+        ]
+
+    def _run_together(
+        self,
+        depth: int,
+        calls: Sequence[LayerCall],
+        visits: Sequence[Sequence[tuple[int, int]]],
+        hidden: Tensor,
+    ) -> list[Tensor]:
+        """Run layers with one attention over all their rows.
+
+        `visits` lists, for each call, its requests and which choice of theirs it is (0: the own layer).
+        """
+        packed, rotary = self.packed, self._rotary
+        requests = [i for visit in visits for i, _ in visit]
+        if requests != list(self._everyone):
+            packed = self.packed.subset(requests)
+            if rotary is not None:
+                tokens = self.packed.tokens(requests)
+                rotary = rotary[0].index_select(0, tokens), rotary[1].index_select(0, tokens)
+        kv = None
+        if self.cache is not None:
+            streams = [self._stream(i, choice) for visit in visits for i, choice in visit]
+            kv = KVStreams(self.cache.depths[depth], streams)
+        return self.backbone.run_layers(calls, hidden, packed, rotary, kv)
+
+    def _stream(self, request: int, choice: int) -> int | None:
+        """Where a request keeps keys and values of its own or a routed layer."""
+        slot = self.rows[request].slot
+        return None if slot is None or self.cache is None else self.cache.stream(slot, choice)
+
+    def logits(self, hidden: Tensor, lm_logits: Literal["last", "all"]) -> list[Tensor]:
+        """From the output [n, d] of the last depth to the logits of each request, as in `RunOutput`.
+
+        Heads on the pooled tokens, the language model head or the bare hidden states on the others.
+        """
+        hidden = self.backbone.final_norm(hidden)
+        results: dict[int, Tensor] = {}
+        generated: list[int] = []
+        offsets = self.packed.offsets
+        for member, adapter in enumerate(self.adapters):
+            requests = [i for i, m in enumerate(self.packed.members) if m == member]
+            if adapter.head is not None:
+                at = [offsets[i] if adapter.head.pools_first_token else offsets[i + 1] - 1 for i in requests]
+                results |= zip(requests, adapter.head.logits(hidden[at], self.backbone.pooler), strict=True)
+            elif self.backbone.lm_head is None:
+                results |= {i: hidden[offsets[i] : offsets[i + 1]] for i in requests}
+            else:
+                generated += requests
+        if generated:
+            results |= self._lm_logits(hidden, generated, lm_logits)
+        return [results[i] for i in range(len(self.rows))]
+
+    def _lm_logits(self, hidden: Tensor, requests: list[int], lm_logits: str) -> dict[int, Tensor]:
+        packed = self.packed
+        assert self.backbone.lm_head is not None
+        if lm_logits == "last":
+            ends = [packed.offsets[i + 1] - 1 for i in requests]
+            return dict(zip(requests, self.backbone.lm_head(hidden[ends]), strict=True))
+        logits = self.backbone.lm_head(hidden[packed.tokens(requests)])
+        return dict(zip(requests, logits.split([packed.lengths[i] for i in requests]), strict=True))
+
+
+def _mixed(packed: Packed, plan: RoutePlan, own: Tensor, routed: Sequence[Tensor]) -> Tensor:
+    """z' [n, d] = own · L_t(z) + Σ_groups weights · L_layer(z), from the outputs of the layers."""
+    assert plan.own is not None
+    # In at least float32: 0.95 and 0.05 rounded to bfloat16 no longer sum to 1.
+    mixed = own.to(plan.own.dtype) * packed.spread(plan.own)[:, None]
+    if not plan.groups:
+        return mixed.to(own.dtype)
+    # Gathering by token is several times as fast as adding at tokens. Requests without a group get zeros.
+    rows = torch.cat([*routed, own.new_zeros(1, own.shape[1])])
+    weights = torch.cat([*(group.weights for group in plan.groups), plan.own.new_zeros(1)])
+    requests = [i for group in plan.groups for i in group.requests]
+    choices = [choice for group in plan.groups for choice in group.choices]
+    starts = list(accumulate((packed.lengths[i] for i in requests), initial=0))
+    for choice in range(1, max(choices) + 1):
+        entries, shifts = [len(requests)] * len(packed), [0] * len(packed)
+        for n, i in enumerate(requests):
+            if choices[n] == choice:
+                entries[i], shifts[i] = n, starts[n] - packed.offsets[i]
+        entry, shift = packed.spread(torch.tensor([entries, shifts], device=own.device).T).unbind(1)
+        tokens = torch.arange(packed.num_tokens, device=own.device)
+        row = torch.where(entry < len(requests), tokens + shift, len(rows) - 1)
+        mixed = mixed + rows.index_select(0, row).to(mixed.dtype) * weights[entry][:, None]
+    return mixed.to(own.dtype)
