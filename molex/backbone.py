@@ -64,11 +64,16 @@ class BaseSpec:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One layer, the packed tokens of the batch that run through it (None: all), and their adapters."""
+    """One layer, the packed tokens of the batch that run through it (None: all), and their adapters.
+
+    `needed` are the rows among these tokens whose output is needed (None: all), `needed_lora` their adapters.
+    """
 
     layer: int
     tokens: Tensor | None
     lora: ActiveLora | None
+    needed: Tensor | None = None
+    needed_lora: ActiveLora | None = None
 
 
 class Backbone:
@@ -193,8 +198,9 @@ class Backbone:
         `packed` describes the rows of all calls side by side, `rotary` is for these. Several calls need
         `layers_share_attention`.
         """
-        inputs = [self._rows(hidden, call.tokens) for call in calls]
-        lengths = [len(hidden) if call.tokens is None else len(call.tokens) for call in calls]
+        inputs = [hidden if call.tokens is None else hidden.index_select(0, call.tokens) for call in calls]
+        lengths = [len(x) for x in inputs]
+        inputs = [self._padded(x) for x in inputs]
         projected = [self._project(call, x) for call, x in zip(calls, inputs, strict=True)]
         query, key, value = (
             _side_by_side(pieces, lengths).unflatten(-1, (-1, self.head_dim))
@@ -207,28 +213,27 @@ class Backbone:
         pieces = attended.split(lengths)
         return [self._finish(call, x, piece) for call, x, piece in zip(calls, inputs, pieces, strict=True)]
 
-    def _rows(self, hidden: Tensor, tokens: Tensor | None) -> Tensor:
-        """Some rows of hidden, followed by padding where the weights are prepacked."""
-        rows = hidden if tokens is None else hidden.index_select(0, tokens)
-        return _padded(rows, padded_rows(len(rows))) if self.prepacked else rows
-
     def _project(self, call: LayerCall, x: Tensor) -> Sequence[Tensor]:
         with self.switch.on(call.lora):
             return self.family.project(self.layers[call.layer], x)
 
     def _finish(self, call: LayerCall, x: Tensor, attended: Tensor) -> Tensor:
-        with self.switch.on(call.lora):
-            output = self.family.finish(self.layers[call.layer], x, _padded(attended, len(x)))
+        lora = call.lora
+        if call.needed is not None:
+            x, attended = x.index_select(0, call.needed), attended.index_select(0, call.needed)
+            lora = call.needed_lora
+        with self.switch.on(lora):
+            output = self.family.finish(self.layers[call.layer], self._padded(x), self._padded(attended))
         return output[: len(attended)]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """x [n, d] with rows of zeros behind, where the weights are prepacked."""
+        padding = padded_rows(len(x)) - len(x) if self.prepacked else 0
+        return functional.pad(x, (0, 0, 0, padding)) if padding else x
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm after the last layer, where the family has one."""
         return hidden if self.family.norm is None else getattr(self._base, self.family.norm)(hidden)
-
-
-def _padded(x: Tensor, rows: int) -> Tensor:
-    """x [n, d] with rows of zeros behind."""
-    return x if len(x) == rows else functional.pad(x, (0, 0, 0, rows - len(x)))
 
 
 def _side_by_side(pieces: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:

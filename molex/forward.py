@@ -32,6 +32,7 @@ class Forward:
         lora: BatchLora,
         cache: KVCache | None,
         backbone: Backbone,
+        lm_logits: Literal["last", "all"],
     ) -> None:
         member_of = {id(adapter): n for n, adapter in enumerate(adapters)}
         self.order = sorted(range(len(rows)), key=lambda i: member_of[id(rows[i].adapter)])
@@ -48,11 +49,37 @@ class Forward:
         )
         self._rotary: tuple[Tensor, Tensor] | None = None
         self._everyone = range(len(rows))
+        self._needed = [self._needed_tokens(row, lm_logits) for row in self.rows]
+        self._result = Packed(
+            [len(tokens) for tokens in self._needed],
+            [0] * len(rows),
+            self.packed.members,
+            causal=False,
+            device=backbone.device,
+        )
         self._lora = lora
-        self._own_lora = self._active(self._everyone)
+        self._own_lora = self._active(self.packed, self._everyone)
 
-    def _active(self, requests: Sequence[int]) -> ActiveLora | None:
-        return ActiveLora(self._lora, self.packed.segments(requests)) if self._lora.updates else None
+    def _needed_tokens(self, row: Row, lm_logits: str) -> range:
+        """The tokens of a request whose last hidden states someone looks at."""
+        length, head = len(row.token_ids), row.adapter.head
+        if head is not None:
+            return range(1) if head.pools_first_token else range(length - 1, length)
+        if self.backbone.lm_head is not None and lm_logits == "last":
+            return range(length - 1, length)
+        return range(length)
+
+    def _active(self, packed: Packed, requests: Sequence[int]) -> ActiveLora | None:
+        return ActiveLora(self._lora, packed.segments(requests)) if self._lora.updates else None
+
+    def _call(self, layer: int, requests: Sequence[int], tokens: Tensor | None, *, last: bool) -> LayerCall:
+        lora = self._own_lora if tokens is None else self._active(self.packed, requests)
+        if not last or self._result.num_tokens == self.packed.num_tokens:
+            return LayerCall(layer, tokens, lora)
+        starts = accumulate((self.packed.lengths[i] for i in requests), initial=0)
+        needed = [start + j for start, i in zip(starts, requests, strict=False) for j in self._needed[i]]
+        rows = torch.tensor(needed, device=self.backbone.device)
+        return LayerCall(layer, tokens, lora, rows, self._active(self._result, requests))
 
     def embed(self) -> Tensor:
         """The input [n, d] of depth 0."""
@@ -68,15 +95,21 @@ class Forward:
         return hidden
 
     def run_depth(self, depth: int, plan: RoutePlan, hidden: Tensor) -> Tensor:
-        """z' = own · L_t(z) + Σ_groups weights · L_layer(z), for z [n, d]."""
-        own, *routed = self._run_layers(depth, plan.groups, hidden)
-        return own if plan.own is None else _mixed(self.packed, plan, own, routed)
+        """z' = own · L_t(z) + Σ_groups weights · L_layer(z), for z [n, d].
 
-    def _run_layers(self, depth: int, groups: Sequence[RouteGroup], hidden: Tensor) -> list[Tensor]:
+        The last depth returns only the rows of tokens whose result is needed, in their order.
+        """
+        last = depth == len(self.backbone.layers) - 1
+        own, *routed = self._run_layers(depth, plan.groups, hidden, last=last)
+        return own if plan.own is None else _mixed(self._result if last else self.packed, plan, own, routed)
+
+    def _run_layers(
+        self, depth: int, groups: Sequence[RouteGroup], hidden: Tensor, *, last: bool
+    ) -> list[Tensor]:
         """L_t on all tokens, then the layer of each group on the tokens of its requests."""
-        calls = [LayerCall(depth, None, self._own_lora)]
+        calls = [self._call(depth, self._everyone, None, last=last)]
         calls += [
-            LayerCall(group.layer, self.packed.tokens(group.requests), self._active(group.requests))
+            self._call(group.layer, group.requests, self.packed.tokens(group.requests), last=last)
             for group in groups
         ]
         visits = [[(i, 0) for i in self._everyone]]
@@ -118,16 +151,16 @@ class Forward:
         return None if slot is None or self.cache is None else self.cache.stream(slot, choice)
 
     def logits(self, hidden: Tensor, lm_logits: Literal["last", "all"]) -> list[Tensor]:
-        """From the output [n, d] of the last depth to the logits of each request, as in `RunOutput`.
+        """From the output of the last depth to the logits of each request, as in `RunOutput`.
 
         Heads on the pooled tokens, the language model head or the bare hidden states on the others.
         """
         hidden = self.backbone.final_norm(hidden)
         results: dict[int, Tensor] = {}
         generated: list[int] = []
-        offsets = self.packed.offsets
+        offsets = self._result.offsets
         for member, adapter in enumerate(self.adapters):
-            requests = [i for i, m in enumerate(self.packed.members) if m == member]
+            requests = [i for i, m in enumerate(self._result.members) if m == member]
             if adapter.head is not None:
                 at = [offsets[i] if adapter.head.pools_first_token else offsets[i + 1] - 1 for i in requests]
                 results |= zip(requests, adapter.head.logits(hidden[at], self.backbone.pooler), strict=True)
@@ -140,13 +173,10 @@ class Forward:
         return [results[i] for i in range(len(self.rows))]
 
     def _lm_logits(self, hidden: Tensor, requests: list[int], lm_logits: str) -> dict[int, Tensor]:
-        packed = self.packed
         assert self.backbone.lm_head is not None
-        if lm_logits == "last":
-            ends = [packed.offsets[i + 1] - 1 for i in requests]
-            return dict(zip(requests, self.backbone.lm_head(hidden[ends]), strict=True))
-        logits = self.backbone.lm_head(hidden[packed.tokens(requests)])
-        return dict(zip(requests, logits.split([packed.lengths[i] for i in requests]), strict=True))
+        logits = self.backbone.lm_head(hidden[self._result.tokens(requests)])
+        pieces = logits if lm_logits == "last" else logits.split([self._result.lengths[i] for i in requests])
+        return dict(zip(requests, pieces, strict=True))
 
 
 def _mixed(packed: Packed, plan: RoutePlan, own: Tensor, routed: Sequence[Tensor]) -> Tensor:

@@ -180,7 +180,7 @@ class MolexModel:
         for number, row in enumerate(rows):
             check(number, row, self.spec, cache)
         adapters = list({id(row.adapter): row.adapter for row in rows}.values())
-        forward = Forward(rows, adapters, self._lora_of(adapters), cache, self.backbone)
+        forward = Forward(rows, adapters, self._lora_of(adapters), cache, self.backbone, lm_logits)
         voters = [len(row.token_ids) if row.voters is None else row.voters for row in forward.rows]
         router = Router(adapters, forward.packed, voters, [row.route for row in forward.rows])
         hidden = forward.embed()
