@@ -3,7 +3,8 @@
     python -m benchmarks.bench_kernels [--rounds 15]
 
 Linear layers with plain and with prepacked weights; low-rank updates of many adapters as one gated
-product and as one product for each; attention request by request and padded, in float32 and bfloat16.
+product and as one product for each; attention request by request, padded to the longest, and in the groups
+of like length that the engine makes, in float32 and bfloat16.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.common import Contestant, machine, measure, report, sentences
+from molex.attention import packed_attention
 from molex.lora import LowRank, low_rank_gated, low_rank_segments
+from molex.packing import Packed
 from molex.prepack import PrepackedLinear
 
 
@@ -66,6 +69,8 @@ def attention(rounds: int, dtype: torch.dtype) -> None:
     }
     if dtype == torch.bfloat16:
         contestants["request by request, widened"] = lambda: alone(rows.float())
+    packed = Packed(lengths, [0] * len(lengths), [0] * len(lengths), causal=False, device=rows.device)
+    contestants["the engine's groups"] = lambda: packed_attention(rows, rows, rows, packed, None, 0.125)
     medians = measure(contestants, rounds)
     title = f"attention: {len(lengths)} requests of 6 to {longest} tokens, {dtype}"
     report(title, medians, ratios_to("padded", medians))

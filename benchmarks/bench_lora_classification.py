@@ -1,6 +1,6 @@
 """Mixed-adapter LoRA classification: this engine against PEFT's `adapter_names` on padded batches.
 
-    python -m benchmarks.bench_lora_classification [--rounds 7] [--shapes demo-encoder roberta-base-shape]
+    python -m benchmarks.bench_lora_classification [--rounds 7] [--shapes …] [--requests …] [--adapters …]
 
 Both classify the same sentences under the same choice of adapters (Zipf). PEFT's mixed batches do not
 take RoBERTa's classification head, so its arm stops at the last hidden states and is spared the heads.
@@ -19,7 +19,7 @@ from benchmarks.common import (
     DTYPES,
     Contestant,
     OwnEngine,
-    base_folder,
+    Setting,
     compare_all,
     measure,
     random_adapter,
@@ -27,8 +27,6 @@ from benchmarks.common import (
     sentences,
     zipf,
 )
-
-REQUESTS = 64
 
 
 def peft_contestant(
@@ -53,9 +51,10 @@ def peft_contestant(
     return run
 
 
-def compare(shape: str, count: int, rounds: int, scratch: Path) -> None:
-    folder = base_folder(shape, scratch)
-    inputs, chosen = sentences(REQUESTS, seed=1), zipf(REQUESTS, count, seed=2)
+def compare(setting: Setting, scratch: Path) -> None:
+    folder, count = setting.base(scratch), setting.adapters
+    inputs = sentences(setting.requests, seed=1)
+    chosen = zipf(setting.requests, count, seed=2)
     contestants: dict[str, Contestant] = {}
     for dtype in DTYPES:
         engine = OwnEngine(folder, dtype)
@@ -63,7 +62,7 @@ def compare(shape: str, count: int, rounds: int, scratch: Path) -> None:
         contestants[f"ours {dtype}"] = engine.contestant(inputs, [adapters[n] for n in chosen])
         contestants[f"ours {dtype}, bare base"] = engine.bare(inputs)
         contestants[f"peft {dtype}"] = peft_contestant(folder, dtype, inputs, chosen, count)
-    medians = measure(contestants, rounds)
+    medians = measure(contestants, setting.rounds)
     best = {who: min(medians[f"{who} {dtype}"] for dtype in DTYPES) for who in ("ours", "peft")}
     ratios = {
         f"peft / ours, {dtype}": medians[f"peft {dtype}"] / medians[f"ours {dtype}"] for dtype in DTYPES
@@ -73,8 +72,9 @@ def compare(shape: str, count: int, rounds: int, scratch: Path) -> None:
         ratios[f"ours / bare base, {dtype}"] = medians[f"ours {dtype}"] / medians[f"ours {dtype}, bare base"]
     tokens = sum(map(len, inputs))
     distinct = len(set(chosen))
-    report(f"{shape}: {REQUESTS} sentences, {tokens} tokens, {distinct} of {count} adapters", medians, ratios)
+    title = f"{setting.shape}: {setting.requests} sentences, {tokens} tokens, {distinct} of {count} adapters"
+    report(title, medians, ratios)
 
 
 if __name__ == "__main__":
-    compare_all(__doc__ or "", compare)
+    compare_all(__doc__ or "", compare, requests=(64,))

@@ -9,6 +9,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -115,19 +117,33 @@ def report(title: str, medians: Mapping[str, float], ratios: Mapping[str, float]
     for name, seconds in medians.items():
         print(f"  {name:<28}{seconds * 1e3:10.1f} ms")
     for name, ratio in ratios.items():
-        print(f"  {name:<44}{ratio:6.2f} x")
+        print(f"  {name:<56}{ratio:6.2f} x")
 
 
-def compare_all(doc: str, compare: Callable[[str, int, int, Path], None]) -> None:
-    """Parse the command line and call `compare(shape, adapters, rounds, scratch folder)` for each setting."""
+@dataclass(frozen=True)
+class Setting:
+    """One comparison: the base, the numbers of requests in a batch and of adapters, the rounds to run."""
+
+    shape: str
+    requests: int
+    adapters: int
+    rounds: int
+
+    def base(self, scratch: Path) -> Path:
+        return base_folder(self.shape, scratch)
+
+
+def compare_all(doc: str, compare: Callable[[Setting, Path], None], requests: Sequence[int]) -> None:
+    """Parse the command line and call `compare(setting, scratch folder)` for each setting."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
+    parser.add_argument("--requests", nargs="+", type=int, default=requests)
     parser.add_argument("--adapters", nargs="+", type=int, default=(1, 8, 32))
     arguments = parser.parse_args()
     print(machine())
     keep_freed_memory()
-    for shape in arguments.shapes:
-        for count in arguments.adapters:
-            with tempfile.TemporaryDirectory() as scratch:
-                compare(shape, count, arguments.rounds, Path(scratch))
+    options = arguments.shapes, arguments.requests, arguments.adapters
+    for shape, count, adapters in product(*options):
+        with tempfile.TemporaryDirectory() as scratch:
+            compare(Setting(shape, count, adapters, arguments.rounds), Path(scratch))

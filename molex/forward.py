@@ -162,8 +162,8 @@ class Forward:
         for member, adapter in enumerate(self.adapters):
             requests = [i for i, m in enumerate(self._result.members) if m == member]
             if adapter.head is not None:
-                at = [offsets[i] if adapter.head.pools_first_token else offsets[i + 1] - 1 for i in requests]
-                results |= zip(requests, adapter.head.logits(hidden[at], self.backbone.pooler), strict=True)
+                pooled = hidden[[offsets[i] for i in requests]]
+                results |= zip(requests, adapter.head.logits(pooled, self.backbone.pooler), strict=True)
             elif self.backbone.lm_head is None:
                 results |= {i: hidden[offsets[i] : offsets[i + 1]] for i in requests}
             else:
