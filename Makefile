@@ -17,7 +17,7 @@ SOURCES := $(wildcard molex server scripts examples benchmarks loadtests)
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install models serve demo lint deploy-lint format test bench clean
+.PHONY: help install models serve demo lint deploy-lint format test bench loadtest clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,7 +32,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
 		$(PYTHON) -m pip --python $(BIN)/python install --quiet --constraint constraints.txt pip
-	@$(PIP) install --constraint constraints.txt torch==2.13.0 --editable '.[train,bench,gguf,dev]'
+	@$(PIP) install --constraint constraints.txt torch==2.13.0 --editable '.[train,bench,load,gguf,dev]'
 	@touch $@
 	@echo "==> Installed"
 
@@ -68,6 +68,9 @@ test: models ## Run the tests
 bench: models ## Run every benchmark and print its figures
 	@for script in $(notdir $(basename $(wildcard benchmarks/bench_*.py))); do \
 		echo "==> benchmarks.$$script"; $(BIN)/python -m benchmarks.$$script || exit 1; done
+
+loadtest: $(READY) ## Put load on a running `make serve`; writes runs/load/report.html
+	@$(BIN)/python -m loadtests run --config loadtests/demo_encoder.toml --output runs/load
 
 clean: ## Remove caches and build output; keep .venv and .models
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,142 @@
+"""Requests go out when they are due, each ends in one way, and latencies are what the server took."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from loadtests.client import Client, Outcome, connection_pool
+from loadtests.dialects import make_dialect
+from loadtests.experiment import Block
+from loadtests.latency import latencies, percentiles
+from loadtests.loops import closed_loop, open_loop
+from loadtests.schedule import Planned
+
+TEXT = "A warm, funny film."
+
+
+def plan(due, models):
+    return [Planned(float(time), model, TEXT) for time, model in zip(due, models, strict=True)]
+
+
+def run(url, loop, dialect="molex-classify", timeout=60.0):
+    """Run one loop with a client of its own."""
+
+    async def session():
+        async with connection_pool(url) as http:
+            max_tokens = 3 if dialect == "openai-completions" else None
+            return await loop(Client(http, make_dialect(dialect, max_tokens), timeout))
+
+    return asyncio.run(session())
+
+
+def send_all(url, planned, **options):
+    return run(url, lambda client: open_loop(client, planned), **options)
+
+
+def test_percentiles_are_those_of_the_server(stub, url):
+    models = np.random.default_rng(0).permutation(["300ms"] * 130 + ["450ms"] * 58 + ["600ms"] * 12)
+    results = send_all(url, plan(np.linspace(0.3, 4.3, 200), models.tolist()))
+    assert len(stub.seconds) == 200
+    measured = percentiles(latencies(Block(0, 50, "stub", 4.3, results), "total"))
+    assert measured == pytest.approx(percentiles(np.array(stub.seconds)), rel=0.05)
+
+
+def test_requests_go_out_while_the_server_stalls(stub, url):
+    """The server answers nobody until all have come: a closed loop would wait for ever."""
+    stub.crowd_size = 40
+    due = np.linspace(0.1, 1.1, 40)
+    results = send_all(url, plan(due, ["crowd"] * 40))
+    assert [result.outcome for result in results] == [Outcome.OK] * 40
+    first, last = results[0], results[-1]
+    assert first.end - first.due >= last.sent - first.due >= last.due - first.due
+    assert all(result.sent >= result.due for result in results)
+    assert [result.due for result in results] == due.tolist()
+
+
+def test_latency_counts_from_the_due_time(url):
+    """Both are due at once, but the generator gets to the second only later."""
+    results = send_all(url, plan([-0.5, -0.5], ["0ms", "0ms"]))
+    total = latencies(Block(0, 1, "stub", 1, results), "total")
+    assert total.min() >= 0.5
+    assert total == pytest.approx([result.end + 0.5 for result in results])
+
+
+def test_every_request_ends_in_one_way_and_is_counted_once(stub, url):
+    models = ["0ms", "503", "429", "never", "cut", "garbage", "empty"] * 8
+    results = send_all(url, plan(np.linspace(0, 0.5, len(models)), models), timeout=3.0)
+    assert [result.model for result in results] == models
+    assert stub.received == Counter(models)
+    found = {(result.model, result.outcome, result.status) for result in results}
+    assert found == {
+        ("0ms", Outcome.OK, 200),
+        ("503", Outcome.HTTP_ERROR, 503),
+        ("429", Outcome.HTTP_ERROR, 429),
+        ("never", Outcome.TIMEOUT, None),
+        ("cut", Outcome.TRANSPORT_ERROR, 200),
+        ("garbage", Outcome.BAD_ANSWER, 200),
+        ("empty", Outcome.BAD_ANSWER, 200),
+    }
+
+
+def test_a_refused_connection_is_a_transport_error():
+    with socket.socket() as bound:  # and not listening
+        bound.bind(("127.0.0.1", 0))
+        results = send_all(f"http://127.0.0.1:{bound.getsockname()[1]}", plan([0, 0], ["0ms", "0ms"]))
+    assert [(r.outcome, r.status) for r in results] == [(Outcome.TRANSPORT_ERROR, None)] * 2
+
+
+def test_a_redirect_is_not_followed(url):
+    (result,) = send_all(url, plan([0], ["307"]))
+    assert (result.outcome, result.status) == (Outcome.HTTP_ERROR, 307)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "body"),
+    [
+        ("molex-classify", {"input": [TEXT]}),
+        ("infinity-classify", {"input": [TEXT]}),
+        ("infinity-embeddings", {"input": [TEXT]}),
+        ("openai-completions", {"prompt": TEXT, "stream": True, "max_tokens": 3, "temperature": 0}),
+    ],
+)
+def test_dialects(dialect, body, stub, url):
+    models = ["0ms", "503", "cut", "garbage", "empty"]
+    results = send_all(url, plan([0] * 5, models), dialect=dialect)
+    assert [result.outcome for result in results] == [
+        Outcome.OK,
+        Outcome.HTTP_ERROR,
+        Outcome.TRANSPORT_ERROR,
+        Outcome.BAD_ANSWER,
+        Outcome.BAD_ANSWER,
+    ]
+    assert body | {"model": "0ms"} in stub.bodies
+
+
+def test_a_stream_is_timed_by_its_pieces(url):
+    results = send_all(url, plan([0.1] * 5, ["200ms"] * 5), dialect="openai-completions")
+    block = Block(0, 5, "stub", 1, results)
+    assert [len(result.pieces) for result in results] == [3] * 5
+    assert np.median(latencies(block, "first token")) == pytest.approx(0.2, rel=0.2)
+    assert np.median(latencies(block, "between tokens")) == pytest.approx(0.2, rel=0.2)
+    assert latencies(block, "between tokens").shape == (10,)
+    for result in results:
+        assert result.due < result.pieces[0] < result.pieces[-1] <= result.end
+
+
+def test_a_closed_loop_keeps_its_callers_busy(stub, url):
+    """Two callers share the plan; neither sends before its last request is back."""
+    results = run(url, lambda client: closed_loop(client, plan([0] * 9, ["1ms"] * 9), 2, seconds=60))
+    assert stub.received["1ms"] == len(results) == 9
+    for result in results:
+        others = sum(other.sent < result.sent < other.end for other in results)
+        assert others <= 1
+
+
+def test_a_closed_loop_stops_in_time(url):
+    results = run(url, lambda client: closed_loop(client, plan([0] * 10_000, ["50ms"] * 10_000), 2, 0.5))
+    assert 2 <= len(results) <= 20
