@@ -55,22 +55,26 @@ def low_rank(rounds: int, adapters: int, rows_each: int) -> None:
 def attention(rounds: int, dtype: torch.dtype) -> None:
     lengths = [len(ids) for ids in sentences(64, seed=1)]
     longest = max(lengths)
-    rows = torch.randn(sum(lengths), 12, 64).to(dtype)
-    padded = torch.randn(len(lengths), 12, longest, 64).to(dtype)
+    rows = [torch.randn(sum(lengths), 12, 64).to(dtype) for _ in range(3)]
+    padded = [torch.randn(len(lengths), 12, longest, 64).to(dtype) for _ in range(3)]
     mask = (torch.arange(longest) < torch.tensor(lengths)[:, None])[:, None, None]
 
-    def alone(rows: Tensor) -> list[Tensor]:
-        pieces = [piece.transpose(0, 1)[None] for piece in rows.split(lengths)]
-        return [functional.scaled_dot_product_attention(x, x, x) for x in pieces]
+    def alone(rows: list[Tensor]) -> Tensor:
+        """Packed again, as the next layer wants it."""
+        pieces = [[x.transpose(0, 1)[None] for x in tensor.split(lengths)] for tensor in rows]
+        attended = [functional.scaled_dot_product_attention(q, k, v) for q, k, v in zip(*pieces, strict=True)]
+        return torch.cat([x[0].transpose(0, 1) for x in attended]).to(dtype)
 
     contestants: dict[str, Contestant] = {
-        "padded": lambda: functional.scaled_dot_product_attention(padded, padded, padded, mask),
+        "padded": lambda: functional.scaled_dot_product_attention(padded[0], padded[1], padded[2], mask),
         "request by request": lambda: alone(rows),
     }
     if dtype == torch.bfloat16:
-        contestants["request by request, widened"] = lambda: alone(rows.float())
-    packed = Packed(lengths, [0] * len(lengths), [0] * len(lengths), causal=False, device=rows.device)
-    contestants["the engine's groups"] = lambda: packed_attention(rows, rows, rows, packed, None, 0.125)
+        contestants["request by request, widened"] = lambda: alone([x.float() for x in rows])
+    packed = Packed(lengths, [0] * len(lengths), [0] * len(lengths), causal=False, device=padded[0].device)
+    contestants["the engine's groups"] = lambda: packed_attention(
+        rows[0], rows[1], rows[2], packed, None, 0.125
+    )
     medians = measure(contestants, rounds)
     title = f"attention: {len(lengths)} requests of 6 to {longest} tokens, {dtype}"
     report(title, medians, ratios_to("padded", medians))

@@ -186,7 +186,7 @@ def _mixed(packed: Packed, plan: RoutePlan, own: Tensor, routed: Sequence[Tensor
     mixed = own.to(plan.own.dtype) * packed.spread(plan.own)[:, None]
     if not plan.groups:
         return mixed.to(own.dtype)
-    # Gathering by token is several times as fast as adding at tokens. Requests without a group get zeros.
+    # Gathered by token: adding at tokens goes row by row. Requests without a group get zeros.
     rows = torch.cat([*routed, own.new_zeros(1, own.shape[1])])
     weights = torch.cat([*(group.weights for group in plan.groups), plan.own.new_zeros(1)])
     requests = [i for group in plan.groups for i in group.requests]

@@ -1,4 +1,4 @@
-"""The packed forward: one base model, many adapters, one forward.
+"""The packed forward: one base model, many adapters, one batch.
 
 Training, offline use and serving all run `MolexModel.run`.
 """
