@@ -22,7 +22,7 @@ from molex import BARE, MolexModel, Row
 from molex.adapter import Adapter, assemble, new_adapter
 from molex.backbone import BaseSpec
 from molex.config import AdapterConfig, MolexConfig
-from molex.memory import keep_freed_memory
+from molex.memory import keep_compiled_kernels, keep_freed_memory
 
 DEMO_ENCODER = Path(__file__).parents[1] / ".models" / "e5-small"
 SHAPES = ("demo-encoder", "roberta-base-shape")
@@ -143,6 +143,7 @@ def compare_all(doc: str, compare: Callable[[Setting, Path], None], requests: Se
     arguments = parser.parse_args()
     print(machine())
     keep_freed_memory()
+    keep_compiled_kernels()
     options = arguments.shapes, arguments.requests, arguments.adapters
     for shape, count, adapters in product(*options):
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,13 +1,17 @@
-"""How the process keeps memory between forward passes."""
+"""What the process keeps between forward passes."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 
 # Parameters of mallopt(3) in glibc.
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 LARGEST_BLOCK = 1 << 30
+
+# A layer has four shapes of weights, `padded_rows` some 150 numbers of rows, and a process several bases.
+COMPILED_KERNELS = 4096
 
 
 def keep_freed_memory() -> bool:
@@ -23,3 +27,13 @@ def keep_freed_memory() -> bool:
         return False
     kept = libc.mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     return bool(kept)
+
+
+def keep_compiled_kernels() -> None:
+    """Let oneDNN keep every kernel that it compiles; to be called before the first product.
+
+    It compiles one for each shape and number of rows (`molex/prepack.py`) and keeps 1,024 unless told
+    otherwise. Where two precisions or bases need more, it compiles some again in every pass, a few
+    milliseconds each. A setting of the environment is left as it is.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(COMPILED_KERNELS))

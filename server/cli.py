@@ -20,7 +20,7 @@ from rich.console import Console
 
 from molex.convert import convert
 from molex.errors import MolexError
-from molex.memory import keep_freed_memory
+from molex.memory import keep_compiled_kernels, keep_freed_memory
 from molex.train.cli import evaluate, train
 from server import logs
 from server.app import create_app
@@ -76,6 +76,7 @@ def run_server(settings: Settings) -> None:
     """Load everything, then serve until SIGTERM or SIGINT."""
     logs.configure(settings)
     keep_freed_memory()
+    keep_compiled_kernels()
     names = ", ".join(settings.bases)
     Console(stderr=True).print(f"Loading {names} in {settings.dtype} …", highlight=False)
     engine = Engine.load(settings)
