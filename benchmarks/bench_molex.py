@@ -101,4 +101,4 @@ def compare(setting: Setting, scratch: Path) -> None:
 
 
 if __name__ == "__main__":
-    compare_all(__doc__ or "", compare, requests=(128,))
+    compare_all(__doc__ or "", compare, requests=(128, 512))
