@@ -72,9 +72,8 @@ def attention(rounds: int, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16:
         contestants["request by request, widened"] = lambda: alone([x.float() for x in rows])
     packed = Packed(lengths, [0] * len(lengths), [0] * len(lengths), causal=False, device=padded[0].device)
-    contestants["the engine's groups"] = lambda: packed_attention(
-        rows[0], rows[1], rows[2], packed, None, 0.125
-    )
+    heads = torch.cat(rows, dim=1)
+    contestants["the engine's groups"] = lambda: packed_attention(heads, 12, packed, None, 0.125)
     medians = measure(contestants, rounds)
     title = f"attention: {len(lengths)} requests of 6 to {longest} tokens, {dtype}"
     report(title, medians, ratios_to("padded", medians))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from molex.kv_cache import DepthCache
-from molex.packing import AttentionGroup, Packed
+from molex.packing import AttentionGroup, Indices, Packed
 
 
 @dataclass(frozen=True)
@@ -22,52 +23,57 @@ class KVStreams:
 
     def write(self, packed: Packed, keys: Tensor, values: Tensor) -> None:
         """Append keys and values [n, heads, head_dim] of the packed tokens to their requests' streams."""
-        kept = [i for i, stream in enumerate(self.streams) if stream is not None]
-        if not kept:
+        kept = np.array([i for i, stream in enumerate(self.streams) if stream is not None], dtype=np.int64)
+        if not len(kept):
             return
         positions = packed.positions
         if len(kept) < len(packed):
             tokens = packed.tokens(kept)
             keys, values, positions = keys[tokens], values[tokens], positions[tokens]
-        streams = torch.tensor([self.streams[i] for i in kept], device=keys.device)
-        lengths = torch.tensor([packed.lengths[i] for i in kept], device=keys.device)
-        self.cache.write(streams.repeat_interleave(lengths), positions, keys, values)
+        streams = np.repeat([self.streams[i] for i in kept], packed.lengths[kept])
+        where = torch.from_numpy(np.stack([streams, positions])).to(keys.device)
+        self.cache.write(where[0], where[1], keys, values)
 
     def read(self, group: AttentionGroup) -> tuple[Tensor, Tensor]:
         """Keys and values [b, heads, k, head_dim] of a group whose requests all have a stream."""
         streams = [self.streams[i] for i in group.requests]
-        return self.cache.read([s for s in streams if s is not None], max(group.keys))
+        return self.cache.read([s for s in streams if s is not None], int(group.keys.max()))
 
 
 def packed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    heads: Tensor,
+    num_kv_heads: int,
     packed: Packed,
     kv: KVStreams | None,
     scaling: float,
     window: int | None = None,
+    rows: Indices | None = None,
 ) -> Tensor:
     """Each request attends to its own tokens and to nothing else.
 
-    query [n, num_heads, head_dim], key and value [n, num_kv_heads, head_dim] of the packed tokens; returns
-    [n, num_heads, head_dim]. With a `window` a token sees that many tokens back, itself included.
+    `heads` [n, num_heads + 2 · num_kv_heads, head_dim] are the queries, keys and values of the packed tokens.
+    Returns [m, num_heads, head_dim] for the tokens `rows` [m], by default all. With a `window` a token sees
+    that many tokens back, itself included.
     """
+    sizes = [heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads]
     if kv is not None:
-        kv.write(packed, key, value)
+        kv.write(packed, *heads.split(sizes, dim=1)[1:])
     outputs = []
-    pieces = zip(packed.groups, *(_split(x, packed) for x in (query, key, value)), strict=True)
-    for group, queries, keys, values in pieces:
+    for group, piece in zip(packed.groups, _split(heads, packed), strict=True):
+        # Widened here, not all at once: the caches of a CPU hold one group.
+        queries, keys, values = _widened(piece).split(sizes, dim=1)
         if group.has_past:
             assert kv is not None, "earlier tokens are in a cache"
-            keys, values = kv.read(group)
-        mask = _mask(group, packed.causal, window, query.device)
+            keys, values = (_widened(x) for x in kv.read(group))
+        mask = _mask(group, packed.causal, window, heads.device)
         causal = packed.causal and mask is None and group.queries > 1
-        queries, keys, values = (_widened(x) for x in (queries, keys, values))
         attended = _attend(queries, keys, values, mask, causal, scaling)
-        outputs.append(attended.transpose(1, 2).flatten(0, 1).to(query.dtype))
+        outputs.append(attended.transpose(1, 2).flatten(0, 1).to(heads.dtype))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return output if packed.restored is None else output.index_select(0, packed.restored)
+    if packed.grouped is None and rows is None:
+        return output
+    wanted = packed.restored if rows is None else packed.restored[rows]
+    return output.index_select(0, torch.from_numpy(wanted).to(output.device))
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -75,9 +81,9 @@ def _widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x
 
 
-def _split(rows: Tensor, packed: Packed) -> list[Tensor]:
+def _split(heads: Tensor, packed: Packed) -> list[Tensor]:
     """[n, heads, head_dim] → [b, heads, q, head_dim] of each group."""
-    rows = rows if packed.grouped is None else rows.index_select(0, packed.grouped)
+    rows = heads if packed.grouped is None else heads.index_select(0, packed.grouped)
     # One split, not a slice a group: the gradient of a slice is as large as all rows.
     pieces = torch.split(rows, [group.num_rows for group in packed.groups])
     return [
@@ -93,16 +99,16 @@ def _mask(group: AttentionGroup, causal: bool, window: int | None, device: torch
     """
     if not causal and not group.is_padded:
         return None
-    longest = max(group.keys) if group.has_past else group.queries
+    longest = int(group.keys.max()) if group.has_past else group.queries
     keys = torch.arange(longest, device=device)
+    totals = torch.from_numpy(group.keys).to(device)[:, None]
     if not causal:
-        return keys < torch.tensor(group.keys, device=device)[:, None, None, None]
+        return keys < totals[:, :, None, None]
     if (window is None or longest <= window) and (
-        not group.has_past or (group.queries == 1 and min(group.keys) == longest)
+        not group.has_past or (group.queries == 1 and group.keys.min() == longest)
     ):
         return None
-    past = [total - length for total, length in zip(group.keys, group.lengths, strict=True)]
-    starts = torch.tensor(past, device=device)[:, None]
+    starts = totals - torch.from_numpy(group.lengths).to(device)[:, None]
     queries = (starts + torch.arange(group.queries, device=device))[:, None, :, None]
     visible = keys <= queries
     return visible if window is None else visible & (keys > queries - window)

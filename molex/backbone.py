@@ -1,14 +1,14 @@
 """The base model as a set of layers, any of which can run on any rows at any depth.
 
-The modules of transformers' blocks do the work, in two halves a layer (`molex/family.py`). Attention, between
-them, has no weights, so all layers that run at one depth share it (`molex/attention.py`). Linear layers are
-wrapped: they add the low-rank updates of the batch (`molex/lora.py`).
+The modules of transformers' blocks do the work, in two halves a layer: `Backbone.project` and
+`Backbone.finish`. Attention, between them, has no weights, so all layers that run at one depth share it
+(`Backbone.attend`). Linear layers are wrapped: they add the low-rank updates of the batch (`molex/lora.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -26,7 +25,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import rotate_half
 from transformers.pytorch_utils import Conv1D
 
 from molex.attention import KVStreams, packed_attention
@@ -34,8 +33,9 @@ from molex.errors import BaseModelError
 from molex.family import FAMILIES, attention_options
 from molex.heads import HeadKind
 from molex.lora import ActiveLora, AdaptedLinear, LoraSwitch
-from molex.packing import Packed
-from molex.prepack import PrepackedLinear, can_prepack, padded_rows
+from molex.packing import Indices, Packed
+from molex.prepack import can_prepack, in_and_out, padded_rows
+from molex.projections import Projections
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,6 @@ class BaseSpec:
     digest: str
 
 
-@dataclass(frozen=True)
-class LayerCall:
-    """One layer, the packed tokens of the batch that run through it (None: all), and their adapters.
-
-    `needed` are the rows among these tokens whose output is needed (None: all), `needed_lora` their adapters.
-    """
-
-    layer: int
-    tokens: Tensor | None
-    lora: ActiveLora | None
-    needed: Tensor | None = None
-    needed_lora: ActiveLora | None = None
-
-
 class Backbone:
     """A base model taken apart: embedding, T layers, final norm and language model head."""
 
@@ -94,6 +80,10 @@ class Backbone:
         self.prepacked = False
         self._digest = _digest(model)
         self._modules = _wrap_linear_layers(self.layers, self.switch)
+        self._projections = [
+            Projections([layer.get_submodule(name) for name in self.family.projections])
+            for layer in self.layers
+        ]
 
     @classmethod
     def from_pretrained(
@@ -168,10 +158,11 @@ class Backbone:
         """Lay the weights of all layers out for inference (`molex/prepack.py`); no gradients afterwards."""
         if can_prepack(self.dtype, self.device) and not self.prepacked:
             self.prepacked = True
-            for layer in self.layers:
+            for layer, projections in zip(self.layers, self._projections, strict=True):
+                projections.prepack()
                 for module in layer.modules():
-                    if isinstance(module, AdaptedLinear):
-                        module.base = PrepackedLinear(module.base)
+                    if isinstance(module, AdaptedLinear) and module not in projections.modules:
+                        module.prepack()
 
     def embed(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
         """Token ids, positions and token types [n] → hidden states [n, d]."""
@@ -185,66 +176,55 @@ class Backbone:
         cos, sin = self._base.rotary_emb(hidden[None], positions[None])
         return cos[0], sin[0]
 
-    def run_layers(
+    def padded_rows(self, rows: int) -> int:
+        """How many rows to hand to `project` and `finish` for `rows`; the others may hold anything."""
+        return padded_rows(rows) if self.prepacked else rows
+
+    def project(self, layer: int, x: Tensor, lora: ActiveLora | None) -> Tensor:
+        """The first half of a layer, on its input x [n, d].
+
+        Queries, keys and values side by side: [n, num_heads + 2 · num_kv_heads, head_dim].
+        """
+        if self.family.norm_before is not None:
+            x = getattr(self.layers[layer], self.family.norm_before)(x)
+        with self.switch.on(lora):
+            projected = self._projections[layer](x)
+        return projected.view(len(x), -1, self.head_dim)
+
+    def attend(
         self,
-        calls: Sequence[LayerCall],
-        hidden: Tensor,
+        layer: int,
+        heads: Tensor,
         packed: Packed,
         rotary: tuple[Tensor, Tensor] | None,
         kv: KVStreams | None,
-    ) -> list[Tensor]:
-        """Run layers on rows of hidden [n, d]; the output [m, d] of each.
+        rows: Indices,
+    ) -> Tensor:
+        """What lies between the halves of a layer, or of several if `layers_share_attention`.
 
-        `packed` describes the rows of all calls side by side, `rotary` is for these. Several calls need
-        `layers_share_attention`.
+        `heads` [n, num_heads + 2 · num_kv_heads, head_dim] and `rotary` belong to the tokens of `packed`.
+        Returns [m, num_heads · head_dim] for its tokens `rows` [m].
         """
-        inputs = [hidden if call.tokens is None else hidden.index_select(0, call.tokens) for call in calls]
-        lengths = [len(x) for x in inputs]
-        inputs = [self._padded(x) for x in inputs]
-        projected = [self._project(call, x) for call, x in zip(calls, inputs, strict=True)]
-        query, key, value = (
-            _side_by_side(pieces, lengths).unflatten(-1, (-1, self.head_dim))
-            for pieces in zip(*projected, strict=True)
-        )
         if rotary is not None:
-            query, key = _rotated(query, key, *rotary)
-        scaling, window = self._attention[calls[0].layer]
-        attended = packed_attention(query, key, value, packed, kv, scaling, window).flatten(-2)
-        pieces = attended.split(lengths)
-        return [self._finish(call, x, piece) for call, x, piece in zip(calls, inputs, pieces, strict=True)]
+            heads = _rotated(heads, self.num_kv_heads, *rotary)
+        scaling, window = self._attention[layer]
+        return packed_attention(heads, self.num_kv_heads, packed, kv, scaling, window, rows).flatten(-2)
 
-    def _project(self, call: LayerCall, x: Tensor) -> Sequence[Tensor]:
-        with self.switch.on(call.lora):
-            return self.family.project(self.layers[call.layer], x)
-
-    def _finish(self, call: LayerCall, x: Tensor, attended: Tensor) -> Tensor:
-        lora = call.lora
-        if call.needed is not None:
-            x, attended = x.index_select(0, call.needed), attended.index_select(0, call.needed)
-            lora = call.needed_lora
+    def finish(self, layer: int, x: Tensor, attended: Tensor, lora: ActiveLora | None) -> Tensor:
+        """The second half of a layer: its input [n, d] and what attention returned → its output [n, d]."""
         with self.switch.on(lora):
-            output = self.family.finish(self.layers[call.layer], self._padded(x), self._padded(attended))
-        return output[: len(attended)]
-
-    def _padded(self, x: Tensor) -> Tensor:
-        """x [n, d] with rows of zeros behind, where the weights are prepacked."""
-        padding = padded_rows(len(x)) - len(x) if self.prepacked else 0
-        return functional.pad(x, (0, 0, 0, padding)) if padding else x
+            return self.family.finish(self.layers[layer], x, attended)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm after the last layer, where the family has one."""
         return hidden if self.family.norm is None else getattr(self._base, self.family.norm)(hidden)
 
 
-def _side_by_side(pieces: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
-    """The first rows of each piece, without its padding."""
-    rows = [piece[:length] for piece, length in zip(pieces, lengths, strict=True)]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-
-def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Sequence[Tensor]:
-    """Rotary position embedding of query and key [n, heads, head_dim]."""
-    return apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=1)  # type: ignore[no-any-return]
+def _rotated(heads: Tensor, num_kv_heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of the queries and keys among heads [n, heads, head_dim]."""
+    turning, values = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
+    turned = turning * cos[:, None] + rotate_half(turning) * sin[:, None]
+    return torch.cat([turned, values], dim=1)
 
 
 def _check_supported(base: str, config: PretrainedConfig) -> None:
@@ -272,15 +252,8 @@ def _wrap_linear_layers(layers: list[Any], switch: LoraSwitch) -> dict[str, tupl
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear | Conv1D):
                 layer.set_submodule(name, AdaptedLinear(module, (number, name), switch))
-                modules[name] = _sizes(module)
+                modules[name] = in_and_out(module)
     return modules
-
-
-def _sizes(linear: nn.Linear | Conv1D) -> tuple[int, int]:
-    if isinstance(linear, nn.Linear):
-        return linear.in_features, linear.out_features
-    inputs, outputs = linear.weight.shape
-    return inputs, outputs
 
 
 def _digest(model: PreTrainedModel) -> str:

@@ -1,12 +1,12 @@
 """How the model families of transformers are put together.
 
-A layer is two functions over the modules of a stock block: what comes before attention and what comes after
-it. Between the two is attention, which has no weights.
+A layer is what comes before attention, a norm and linear layers, and what comes after it, a function over the
+modules of a stock block. Between the two is attention, which has no weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -22,10 +22,11 @@ class Family:
     """How one model family of transformers is put together.
 
     `root` is the base model's attribute inside a task model, as PEFT's tensor names spell it, `layers` the
-    path from there to the list of blocks, `attention` the path from a block to its attention; `project` maps
-    a block and its input [n, d] to queries, keys and values, `finish` the block, its input and what attention
-    returned to the block's output; `norm` is the norm after the last block; `rotary` says whether queries and
-    keys are rotated; `max_length` is the longest sequence that the position table takes.
+    path from there to the list of blocks, `attention` the path from a block to its attention; `projections`
+    are the linear layers of a block that make queries, keys and values, `norm_before` the norm before them;
+    `finish` maps a block, its input and what attention returned to the block's output; `norm` is the norm
+    after the last block; `rotary` says whether queries and keys are rotated; `max_length` is the longest
+    sequence that the position table takes.
     """
 
     root: str
@@ -33,10 +34,11 @@ class Family:
     attention: str
     head: HeadKind
     embed: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
-    project: Callable[[Any, Tensor], Sequence[Tensor]]
+    projections: tuple[str, ...]
     finish: Callable[[Any, Tensor, Tensor], Tensor]
     max_length: Callable[[Any], int]
     causal: bool = True
+    norm_before: str | None = None
     norm: str | None = None
     rotary: bool = False
 
@@ -58,27 +60,17 @@ def _embed_llama(base: Any, tokens: Tensor, _positions: Tensor, _types: Tensor |
     return base.embed_tokens(tokens)  # type: ignore[no-any-return]
 
 
-def _project_bert(block: Any, x: Tensor) -> Sequence[Tensor]:
-    attention = block.attention.self
-    return attention.query(x), attention.key(x), attention.value(x)
-
-
 def _finish_bert(block: Any, x: Tensor, attended: Tensor) -> Tensor:
-    return block.feed_forward_chunk(block.attention.output(attended, x))  # type: ignore[no-any-return]
-
-
-def _project_gpt2(block: Any, x: Tensor) -> Sequence[Tensor]:
-    return block.attn.c_attn(block.ln_1(x)).chunk(3, dim=-1)  # type: ignore[no-any-return]
+    # The block's own modules of the two halves only add dropout, which is off, and calls.
+    after, widen, narrow = block.attention.output, block.intermediate, block.output
+    x = after.LayerNorm(after.dense(attended) + x)
+    wide = widen.intermediate_act_fn(widen.dense(x))
+    return narrow.LayerNorm(narrow.dense(wide) + x)  # type: ignore[no-any-return]
 
 
 def _finish_gpt2(block: Any, x: Tensor, attended: Tensor) -> Tensor:
     x = x + block.attn.c_proj(attended)
     return x + block.mlp(block.ln_2(x))  # type: ignore[no-any-return]
-
-
-def _project_llama(block: Any, x: Tensor) -> Sequence[Tensor]:
-    attention, x = block.self_attn, block.input_layernorm(x)
-    return attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
 
 
 def _finish_llama(block: Any, x: Tensor, attended: Tensor) -> Tensor:
@@ -92,7 +84,7 @@ _BERT = Family(
     attention="attention.self",
     head="bert",
     embed=_embed_bert,
-    project=_project_bert,
+    projections=("attention.self.query", "attention.self.key", "attention.self.value"),
     finish=_finish_bert,
     max_length=attrgetter("max_position_embeddings"),
     causal=False,
@@ -103,9 +95,10 @@ _LLAMA = Family(
     attention="self_attn",
     head="score",
     embed=_embed_llama,
-    project=_project_llama,
+    projections=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     finish=_finish_llama,
     max_length=attrgetter("max_position_embeddings"),
+    norm_before="input_layernorm",
     norm="norm",
     rotary=True,
 )
@@ -125,9 +118,10 @@ FAMILIES: Mapping[str, Family] = {
         attention="attn",
         head="score",
         embed=_embed_gpt2,
-        project=_project_gpt2,
+        projections=("attn.c_attn",),
         finish=_finish_gpt2,
         max_length=attrgetter("max_position_embeddings"),
+        norm_before="ln_1",
         norm="ln_f",
     ),
     "llama": _LLAMA,

@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from molex.adapter import Adapter
 from molex.attention import KVStreams
-from molex.backbone import Backbone, LayerCall
+from molex.backbone import Backbone
 from molex.kv_cache import KVCache
 from molex.lora import ActiveLora, BatchLora
-from molex.packing import Packed
-from molex.routing import RouteGroup, RoutePlan
+from molex.mixing import mix
+from molex.packing import Indices, Packed, ranges
+from molex.routing import RoutePlan
 from molex.row import Row
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One layer at one depth and the requests that run through it.
+
+    `choices[i]` says what the layer is to `requests[i]`: 0 its own, 1 or 2 its first or second choice.
+    """
+
+    layer: int
+    requests: Indices
+    choices: Indices
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What several layers read in one half of theirs.
+
+    Of the tokens that lie side by side, call by call, `rows` lists those to read, padded behind each call.
+    `inputs` has their hidden states, `counts` their number without padding and `lora` their updates, by call.
+    """
+
+    rows: Indices
+    inputs: Sequence[Tensor]
+    counts: list[int]
+    lora: list[ActiveLora | None]
 
 
 class Forward:
@@ -48,17 +76,17 @@ class Forward:
             device=backbone.device,
         )
         self._rotary: tuple[Tensor, Tensor] | None = None
-        self._everyone = range(len(rows))
-        self._needed = [self._needed_tokens(row, lm_logits) for row in self.rows]
+        self._everyone = np.arange(len(rows))
+        needed = [self._needed_tokens(row, lm_logits) for row in self.rows]
+        self._first_needed = np.array([tokens.start for tokens in needed])
         self._result = Packed(
-            [len(tokens) for tokens in self._needed],
-            [0] * len(rows),
+            [len(tokens) for tokens in needed],
+            np.zeros_like(self._everyone),
             self.packed.members,
             causal=False,
             device=backbone.device,
         )
         self._lora = lora
-        self._own_lora = self._active(self.packed, self._everyone)
 
     def _needed_tokens(self, row: Row, lm_logits: str) -> range:
         """The tokens of a request whose last hidden states someone looks at."""
@@ -69,86 +97,92 @@ class Forward:
             return range(length - 1, length)
         return range(length)
 
-    def _active(self, packed: Packed, requests: Sequence[int]) -> ActiveLora | None:
-        return ActiveLora(self._lora, packed.segments(requests)) if self._lora.updates else None
-
-    def _call(self, layer: int, requests: Sequence[int], tokens: Tensor | None, *, last: bool) -> LayerCall:
-        lora = self._own_lora if tokens is None else self._active(self.packed, requests)
-        if not last or self._result.num_tokens == self.packed.num_tokens:
-            return LayerCall(layer, tokens, lora)
-        starts = accumulate((self.packed.lengths[i] for i in requests), initial=0)
-        needed = [start + j for start, i in zip(starts, requests, strict=False) for j in self._needed[i]]
-        rows = torch.tensor(needed, device=self.backbone.device)
-        return LayerCall(layer, tokens, lora, rows, self._active(self._result, requests))
-
     def embed(self) -> Tensor:
-        """The input [n, d] of depth 0."""
+        """The input of depth 0: [n, d], and rows of padding behind."""
         backbone = self.backbone
-        ids = [token for row in self.rows for token in row.token_ids]
-        tokens = torch.tensor(ids, device=backbone.device)
+        tokens = self._tensor(self._padded(np.array([self.packed.num_tokens])))
+        ids = self._tensor([token for row in self.rows for token in row.token_ids])
+        positions = self._tensor(self.packed.positions)
         types = None
         if any(row.token_type_ids is not None for row in self.rows):
             flat = [t for row in self.rows for t in row.token_type_ids or [0] * len(row.token_ids)]
-            types = torch.tensor(flat, device=backbone.device)
-        hidden = backbone.embed(tokens, self.packed.positions, types)
-        self._rotary = backbone.rotary(hidden, self.packed.positions)
+            types = self._tensor(flat)[tokens]
+        hidden = backbone.embed(ids[tokens], positions[tokens], types)
+        self._rotary = backbone.rotary(hidden, positions)
         return hidden
 
     def run_depth(self, depth: int, plan: RoutePlan, hidden: Tensor) -> Tensor:
-        """z' = own · L_t(z) + Σ_groups weights · L_layer(z), for z [n, d].
+        """z' = own · L_t(z) + Σ_visits weight · L_layer(z), for the hidden states z [n, d].
 
+        Behind the rows of the tokens z and z' have rows of padding, as many as `Backbone.padded_rows` wants.
         The last depth returns only the rows of tokens whose result is needed, in their order.
         """
         last = depth == len(self.backbone.layers) - 1
-        own, *routed = self._run_layers(depth, plan.groups, hidden, last=last)
-        return own if plan.own is None else _mixed(self._result if last else self.packed, plan, own, routed)
+        calls = [LayerCall(depth, self._everyone, np.zeros_like(self._everyone))]
+        calls += [LayerCall(*group) for group in plan.groups]
+        together = [calls] if self.backbone.layers_share_attention else [[call] for call in calls]
+        own, *routed = [output for some in together for output in self._run(depth, some, hidden, last=last)]
+        if plan.own is None:
+            return own
+        return mix(self._result if last else self.packed, plan, own, routed)
 
-    def _run_layers(
-        self, depth: int, groups: Sequence[RouteGroup], hidden: Tensor, *, last: bool
-    ) -> list[Tensor]:
-        """L_t on all tokens, then the layer of each group on the tokens of its requests."""
-        calls = [self._call(depth, self._everyone, None, last=last)]
-        calls += [
-            self._call(group.layer, group.requests, self.packed.tokens(group.requests), last=last)
-            for group in groups
+    def _run(self, depth: int, calls: Sequence[LayerCall], hidden: Tensor, *, last: bool) -> list[Tensor]:
+        """The outputs of several layers, with one attention over all their rows."""
+        requests = np.concatenate([call.requests for call in calls])
+        tokens = self.packed.tokens(requests)
+        packed = self.packed if np.array_equal(requests, self._everyone) else self.packed.subset(requests)
+        stage = self._stage(calls, hidden, self.packed, tokens, np.arange(len(tokens)))
+        projected = [
+            self.backbone.project(call.layer, x, lora)[:count]
+            for call, x, lora, count in zip(calls, stage.inputs, stage.lora, stage.counts, strict=True)
         ]
-        visits = [[(i, 0) for i in self._everyone]]
-        visits += [list(zip(group.requests, group.choices, strict=True)) for group in groups]
-        if self.backbone.layers_share_attention:
-            return self._run_together(depth, calls, visits, hidden)
+        heads = projected[0] if len(calls) == 1 else torch.cat(projected)
+        if last and self._result.num_tokens < self.packed.num_tokens:
+            needed = ranges(packed.offsets + self._first_needed[requests], self._result.lengths[requests])
+            stage = self._stage(calls, hidden, self._result, tokens, needed)
+        rotary = self._rotary
+        if rotary is not None:
+            at = self._tensor(tokens)
+            rotary = rotary[0].index_select(0, at), rotary[1].index_select(0, at)
+        kv = self._kv_streams(depth, calls)
+        attended = self.backbone.attend(calls[0].layer, heads, packed, rotary, kv, stage.rows)
         return [
-            self._run_together(depth, [call], [visit], hidden)[0]
-            for call, visit in zip(calls, visits, strict=True)
+            self.backbone.finish(call.layer, x, piece, lora)
+            for call, x, piece, lora in zip(
+                calls, stage.inputs, attended.split([len(x) for x in stage.inputs]), stage.lora, strict=True
+            )
         ]
 
-    def _run_together(
-        self,
-        depth: int,
-        calls: Sequence[LayerCall],
-        visits: Sequence[Sequence[tuple[int, int]]],
-        hidden: Tensor,
-    ) -> list[Tensor]:
-        """Run layers with one attention over all their rows.
+    def _stage(
+        self, calls: Sequence[LayerCall], hidden: Tensor, layout: Packed, tokens: Indices, among: Indices
+    ) -> Stage:
+        """Read the places `among` of the tokens side by side; `layout` says how many those are by request."""
+        counts = np.array([layout.lengths[call.requests].sum() for call in calls])
+        rows = among[self._padded(counts)]
+        sizes = [self.backbone.padded_rows(count) for count in counts.tolist()]
+        inputs = hidden.index_select(0, self._tensor(tokens[rows])).split(sizes)
+        lora = [
+            ActiveLora(self._lora, layout.segments(call.requests)) if self._lora.updates else None
+            for call in calls
+        ]
+        return Stage(rows, inputs, counts.tolist(), lora)
 
-        `visits` lists, for each call, its requests and which choice of theirs it is (0: the own layer).
-        """
-        packed, rotary = self.packed, self._rotary
-        requests = [i for visit in visits for i, _ in visit]
-        if requests != list(self._everyone):
-            packed = self.packed.subset(requests)
-            if rotary is not None:
-                tokens = self.packed.tokens(requests)
-                rotary = rotary[0].index_select(0, tokens), rotary[1].index_select(0, tokens)
-        kv = None
-        if self.cache is not None:
-            streams = [self._stream(i, choice) for visit in visits for i, choice in visit]
-            kv = KVStreams(self.cache.depths[depth], streams)
-        return self.backbone.run_layers(calls, hidden, packed, rotary, kv)
+    def _padded(self, counts: Indices) -> Indices:
+        """0, 1, …, those of each call repeating their last one up to the number of rows that is run."""
+        sizes = np.array([self.backbone.padded_rows(count) for count in counts.tolist()])
+        return ranges(counts.cumsum() - counts, counts, sizes)
 
-    def _stream(self, request: int, choice: int) -> int | None:
-        """Where a request keeps keys and values of its own or a routed layer."""
-        slot = self.rows[request].slot
-        return None if slot is None or self.cache is None else self.cache.stream(slot, choice)
+    def _kv_streams(self, depth: int, calls: Sequence[LayerCall]) -> KVStreams | None:
+        """Where the requests of the calls keep keys and values, side by side."""
+        if self.cache is None:
+            return None
+        visits = [visit for call in calls for visit in zip(call.requests, call.choices, strict=True)]
+        slots = [(self.rows[request].slot, int(choice)) for request, choice in visits]
+        streams = [None if slot is None else self.cache.stream(slot, choice) for slot, choice in slots]
+        return KVStreams(self.cache.depths[depth], streams)
+
+    def _tensor(self, values: Indices | list[int]) -> Tensor:
+        return torch.as_tensor(values, device=self.backbone.device)
 
     def logits(self, hidden: Tensor, lm_logits: Literal["last", "all"]) -> list[Tensor]:
         """From the output of the last depth to the logits of each request, as in `RunOutput`.
@@ -158,14 +192,14 @@ class Forward:
         hidden = self.backbone.final_norm(hidden)
         results: dict[int, Tensor] = {}
         generated: list[int] = []
-        offsets = self._result.offsets
+        offsets, lengths = self._result.offsets.tolist(), self._result.lengths.tolist()
         for member, adapter in enumerate(self.adapters):
-            requests = [i for i, m in enumerate(self._result.members) if m == member]
+            requests = np.flatnonzero(self._result.members == member).tolist()
             if adapter.head is not None:
                 pooled = hidden[[offsets[i] for i in requests]]
                 results |= zip(requests, adapter.head.logits(pooled, self.backbone.pooler), strict=True)
             elif self.backbone.lm_head is None:
-                results |= {i: hidden[offsets[i] : offsets[i + 1]] for i in requests}
+                results |= {i: hidden[offsets[i] : offsets[i] + lengths[i]] for i in requests}
             else:
                 generated += requests
         if generated:
@@ -174,31 +208,7 @@ class Forward:
 
     def _lm_logits(self, hidden: Tensor, requests: list[int], lm_logits: str) -> dict[int, Tensor]:
         assert self.backbone.lm_head is not None
-        logits = self.backbone.lm_head(hidden[self._result.tokens(requests)])
-        pieces = logits if lm_logits == "last" else logits.split([self._result.lengths[i] for i in requests])
+        chosen = np.array(requests)
+        logits = self.backbone.lm_head(hidden[self._tensor(self._result.tokens(chosen))])
+        pieces = logits if lm_logits == "last" else logits.split(self._result.lengths[chosen].tolist())
         return dict(zip(requests, pieces, strict=True))
-
-
-def _mixed(packed: Packed, plan: RoutePlan, own: Tensor, routed: Sequence[Tensor]) -> Tensor:
-    """z' [n, d] = own · L_t(z) + Σ_groups weights · L_layer(z), from the outputs of the layers."""
-    assert plan.own is not None
-    # In at least float32: 0.95 and 0.05 rounded to bfloat16 no longer sum to 1.
-    mixed = own.to(plan.own.dtype) * packed.spread(plan.own)[:, None]
-    if not plan.groups:
-        return mixed.to(own.dtype)
-    # Gathered by token: adding at tokens goes row by row. Requests without a group get zeros.
-    rows = torch.cat([*routed, own.new_zeros(1, own.shape[1])])
-    weights = torch.cat([*(group.weights for group in plan.groups), plan.own.new_zeros(1)])
-    requests = [i for group in plan.groups for i in group.requests]
-    choices = [choice for group in plan.groups for choice in group.choices]
-    starts = list(accumulate((packed.lengths[i] for i in requests), initial=0))
-    for choice in range(1, max(choices) + 1):
-        entries, shifts = [len(requests)] * len(packed), [0] * len(packed)
-        for n, i in enumerate(requests):
-            if choices[n] == choice:
-                entries[i], shifts[i] = n, starts[n] - packed.offsets[i]
-        entry, shift = packed.spread(torch.tensor([entries, shifts], device=own.device).T).unbind(1)
-        tokens = torch.arange(packed.num_tokens, device=own.device)
-        row = torch.where(entry < len(requests), tokens + shift, len(rows) - 1)
-        mixed = mixed + rows.index_select(0, row).to(mixed.dtype) * weights[entry][:, None]
-    return mixed.to(own.dtype)

@@ -18,10 +18,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from molex.prepack import PrepackedLinear
 
 Site = tuple[int, str]
 """A linear layer that can be adapted: (layer, name of the module in its block)."""
@@ -34,6 +37,15 @@ class LowRank:
     a: Tensor
     b: Tensor
     scaling: float
+
+    # Views, kept: a batch takes thousands of them. Not for where gradients are taken.
+    @cached_property
+    def a_transposed(self) -> Tensor:
+        return self.a.detach().T
+
+    @cached_property
+    def b_transposed(self) -> Tensor:
+        return self.b.detach().T
 
 
 @dataclass(frozen=True)
@@ -67,8 +79,8 @@ def low_rank_segments(y: Tensor, x: Tensor, segments: Sequence[Segment]) -> Tens
     # A sum in a lower precision would take a pass over y for each product, and round it as often.
     wide = y.to(x.dtype)
     for update, start, stop in segments:
-        narrow = x[start:stop] @ update.a.T
-        wide[start:stop].addmm_(narrow, update.b.T, alpha=update.scaling)
+        narrow = x[start:stop].mm(update.a_transposed)
+        wide[start:stop].addmm_(narrow, update.b_transposed, alpha=update.scaling)
     return y if wide is y else y.copy_(wide)
 
 
@@ -214,7 +226,13 @@ class AdaptedLinear(nn.Module):
         self.site = site
         self.switch = switch
 
+    def prepack(self) -> None:
+        self.base = PrepackedLinear(self.base)
+
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
+        return self.adapted(self.base(x), x)
+
+    def adapted(self, y: Tensor, x: Tensor) -> Tensor:
+        """The output y [n, out] of the layer for x, or of what runs in its place, plus the updates."""
         active = self.switch.active
         return y if active is None else active.add(y, x, self.site)

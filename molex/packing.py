@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,6 +15,22 @@ from torch import Tensor
 LENGTH_STEP = 16
 # What a call reads and writes should fit the cache of a core or two.
 ROWS_PER_CALL = 512
+
+Indices = npt.NDArray[np.int64]
+"""Small index arithmetic is NumPy's: PyTorch takes several times as long for each operation."""
+
+
+def ranges(starts: Indices, lengths: Indices, rows: Indices | None = None) -> Indices:
+    """start, start + 1, … of several ranges side by side: `lengths[i]` numbers of range i.
+
+    With `rows` each is padded to `rows[i]` numbers with its last one.
+    """
+    rows = lengths if rows is None else rows
+    within = np.arange(rows.sum()) - np.repeat(rows.cumsum() - rows, rows)
+    if rows is not lengths:
+        within = np.minimum(within, np.repeat(lengths - 1, rows))
+    numbers: Indices = np.repeat(starts, rows) + within
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -25,10 +41,10 @@ class AttentionGroup:
     counts those tokens and the cached ones before them.
     """
 
-    requests: tuple[int, ...]
+    requests: Indices
     queries: int
-    lengths: tuple[int, ...]
-    keys: tuple[int, ...]
+    lengths: Indices
+    keys: Indices
 
     @property
     def num_rows(self) -> int:
@@ -36,85 +52,68 @@ class AttentionGroup:
 
     @property
     def is_padded(self) -> bool:
-        return min(self.lengths) < self.queries
+        return bool(self.lengths.min() < self.queries)
 
     @property
     def has_past(self) -> bool:
-        return self.keys != self.lengths
+        return bool((self.keys > self.lengths).any())
 
 
 class Packed:
     """Where each of r requests lies among n packed tokens.
 
     `lengths[i]` tokens of request i run now, after `past[i]` tokens that a cache holds; `members[i]` says
-    which of the batch's adapters it belongs to. Requests of one adapter lie next to each other.
+    which of the batch's adapters it belongs to. Requests of one adapter lie next to each other. The tokens of
+    request i start at `offsets[i]`.
     """
 
     def __init__(
         self,
-        lengths: Sequence[int],
-        past: Sequence[int],
-        members: Sequence[int],
+        lengths: Sequence[int] | Indices,
+        past: Sequence[int] | Indices,
+        members: Sequence[int] | Indices,
         *,
         causal: bool,
         device: torch.device,
     ) -> None:
-        self.lengths = list(lengths)
-        self.past = list(past)
-        self.members = list(members)
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.past = np.asarray(past, dtype=np.int64)
+        self.members = np.asarray(members, dtype=np.int64)
+        self.offsets = self.lengths.cumsum() - self.lengths
+        self.num_tokens = int(self.lengths.sum())
         self.causal = causal
         self.device = device
-        self.offsets = [0, *accumulate(self.lengths)]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @property
-    def num_tokens(self) -> int:
-        return self.offsets[-1]
-
     @cached_property
-    def positions(self) -> Tensor:
+    def positions(self) -> Indices:
         """The position [n] of each token in its own request, counted from 0."""
-        shift = [past - offset for past, offset in zip(self.past, self.offsets, strict=False)]
-        return torch.arange(self.num_tokens, device=self.device) + self.spread(
-            torch.tensor(shift, device=self.device)
-        )
-
-    def segments(self, requests: Sequence[int]) -> list[tuple[int, int, int]]:
-        """Runs of tokens of one adapter where some requests lie side by side: (member, first token, end)."""
-        runs: list[tuple[int, int, int]] = []
-        end = 0
-        for i in requests:
-            start, end = end, end + self.lengths[i]
-            if runs and runs[-1][0] == self.members[i]:
-                runs[-1] = (self.members[i], runs[-1][1], end)
-            else:
-                runs.append((self.members[i], start, end))
-        return runs
+        return ranges(self.past, self.lengths)
 
     @cached_property
-    def _lengths_tensor(self) -> Tensor:
-        return torch.tensor(self.lengths, device=self.device)
+    def owners(self) -> Indices:
+        """The request [n] of each token."""
+        return np.repeat(np.arange(len(self)), self.lengths)
 
-    def spread(self, per_request: Tensor) -> Tensor:
-        """Repeat a value [r, …] of each request for each of its tokens: [n, …]."""
-        return per_request.repeat_interleave(self._lengths_tensor, dim=0, output_size=self.num_tokens)
-
-    def tokens(self, requests: Sequence[int]) -> Tensor:
+    def tokens(self, requests: Indices) -> Indices:
         """The packed indices of the tokens of some requests, in order."""
-        return torch.cat([self._everything[self.offsets[i] : self.offsets[i + 1]] for i in requests])
+        return ranges(self.offsets[requests], self.lengths[requests])
 
-    @cached_property
-    def _everything(self) -> Tensor:
-        return torch.arange(self.num_tokens, device=self.device)
+    def segments(self, requests: Indices) -> list[tuple[int, int, int]]:
+        """Runs of tokens of one adapter where some requests lie side by side: (member, first token, end)."""
+        members, ends = self.members[requests], self.lengths[requests].cumsum()
+        last = np.flatnonzero(np.diff(members, append=-1))
+        stops = ends[last].tolist()
+        return list(zip(members[last].tolist(), [0, *stops], stops, strict=False))
 
-    def subset(self, requests: Sequence[int]) -> Packed:
+    def subset(self, requests: Indices) -> Packed:
         """The same for some of the requests, packed on their own."""
         return Packed(
-            [self.lengths[i] for i in requests],
-            [self.past[i] for i in requests],
-            [self.members[i] for i in requests],
+            self.lengths[requests],
+            self.past[requests],
+            self.members[requests],
             causal=self.causal,
             device=self.device,
         )
@@ -126,39 +125,44 @@ class Packed:
         Requests without cached tokens run together with those of similar length, padded; single tokens, as in
         decoding, with those of similar history. Several tokens after cached ones run alone.
         """
-        calls: list[list[int]] = []
-        by_length: dict[int, list[int]] = defaultdict(list)
-        single: list[int] = []
-        for i, (length, past) in enumerate(zip(self.lengths, self.past, strict=True)):
-            if length == 1:
-                single.append(i)
-            elif past:
-                calls.append([i])
-            else:
-                by_length[-(-length // LENGTH_STEP) * LENGTH_STEP].append(i)
-        for length, alike in by_length.items():
+        single = self.lengths == 1
+        calls = [np.array([i]) for i in np.flatnonzero(~single & (self.past > 0))]
+        rounded = np.where(single | (self.past > 0), 0, -(-self.lengths // LENGTH_STEP) * LENGTH_STEP)
+        for length in np.unique(rounded[rounded > 0]).tolist():
+            alike = np.flatnonzero(rounded == length)
             most = max(1, ROWS_PER_CALL // length)
             calls += [alike[first : first + most] for first in range(0, len(alike), most)]
-        for i in sorted(single, key=self.past.__getitem__, reverse=True):
+        calls += self._single_token_calls(np.flatnonzero(single))
+        return [self._group(requests) for requests in calls]
+
+    def _single_token_calls(self, requests: Indices) -> list[Indices]:
+        calls: list[list[int]] = []
+        for i in sorted(requests.tolist(), key=self.past.__getitem__, reverse=True):
             if calls and self._share_a_call(calls[-1][0], i):
                 calls[-1].append(i)
             else:
                 calls.append([i])
-        return [self._group(sorted(requests)) for requests in calls]
+        return [np.array(sorted(call)) for call in calls]
 
     def _share_a_call(self, longest: int, request: int) -> bool:
-        """Whether both run one token, little is padded, and either both have cached keys or none has."""
-        if self.lengths[longest] > 1 or bool(self.past[longest]) != bool(self.past[request]):
-            return False
-        return 2 * (self.past[longest] - self.past[request]) <= self.past[longest] + 64
+        """Whether little is padded, and either both have cached keys or none has."""
+        most, past = int(self.past[longest]), int(self.past[request])
+        return bool(most) == bool(past) and 2 * (most - past) <= most + 64
 
-    def _group(self, requests: list[int]) -> AttentionGroup:
-        lengths = tuple(self.lengths[i] for i in requests)
-        queries = max(lengths)
-        if min(lengths) < queries:
+    def _group(self, requests: Indices) -> AttentionGroup:
+        lengths = self.lengths[requests]
+        queries = int(lengths.max())
+        if lengths.min() < queries:
             queries = -(-queries // LENGTH_STEP) * LENGTH_STEP
-        keys = tuple(self.lengths[i] + self.past[i] for i in requests)
-        return AttentionGroup(tuple(requests), queries, lengths, keys)
+        return AttentionGroup(requests, queries, lengths, lengths + self.past[requests])
+
+    @cached_property
+    def _group_rows(self) -> tuple[Indices, Indices]:
+        """The requests in the order of the groups, and how many rows each takes there."""
+        return (
+            np.concatenate([group.requests for group in self.groups]),
+            np.concatenate([np.full(len(group.requests), group.queries) for group in self.groups]),
+        )
 
     @cached_property
     def grouped(self) -> Tensor | None:
@@ -166,27 +170,16 @@ class Packed:
 
         A padding row repeats the last token of its request.
         """
-        order = [i for group in self.groups for i in group.requests]
-        if order == list(range(len(self))) and not any(group.is_padded for group in self.groups):
+        requests, rows = self._group_rows
+        lengths = self.lengths[requests]
+        if (rows == lengths).all() and (requests == np.arange(len(self))).all():
             return None
-        rows = [group.queries for group in self.groups for _ in group.requests]
-        ends = [self.offsets[i + 1] - 1 for i in order]
-        shifts = [
-            self.offsets[i] - first for i, first in zip(order, accumulate(rows, initial=0), strict=False)
-        ]
-        repeats, last, shift = torch.tensor([rows, ends, shifts], device=self.device)
-        numbers = torch.arange(sum(rows), device=self.device)
-        spread = torch.repeat_interleave(torch.stack([last, shift]), repeats, dim=1, output_size=len(numbers))
-        return torch.minimum(numbers + spread[1], spread[0])
+        return torch.from_numpy(ranges(self.offsets[requests], lengths, rows)).to(self.device)
 
     @cached_property
-    def restored(self) -> Tensor | None:
+    def restored(self) -> Indices:
         """The row of the groups that holds each packed token [n]; the inverse of `grouped`."""
-        if self.grouped is None:
-            return None
-        shifts, first = [0] * len(self), 0
-        for group in self.groups:
-            for i in group.requests:
-                shifts[i] = first - self.offsets[i]
-                first += group.queries
-        return self._everything + self.spread(torch.tensor(shifts, device=self.device))
+        requests, rows = self._group_rows
+        first = np.empty(len(self), dtype=np.int64)
+        first[requests] = rows.cumsum() - rows
+        return ranges(first, self.lengths)

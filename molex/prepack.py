@@ -18,12 +18,15 @@ from transformers.pytorch_utils import Conv1D
 # oneDNN chooses a layout for a number of rows. All sizes run with any layout; this one serves a full batch.
 TYPICAL_ROWS = 512
 
+# The overload itself: choosing it at each call takes longer than a small product.
+_linear = torch.ops.mkldnn._linear_pointwise.default
+
 
 def padded_rows(rows: int) -> int:
-    """The number of rows to run in place of `rows`: less than 16 more, or less than a sixteenth more."""
+    """The number of rows to run in place of `rows`: less than 8 more, or less than a sixteenth more."""
     if rows <= 16:
         return rows
-    step = max(16, (1 << (rows.bit_length() - 1)) // 16)
+    step = max(8, (1 << (rows.bit_length() - 1)) // 16)
     return -(-rows // step) * step
 
 
@@ -38,17 +41,31 @@ def can_prepack(dtype: torch.dtype, device: torch.device) -> bool:
 class PrepackedLinear(nn.Module):
     """y = x Wᵀ + b for x [n, in], without gradients."""
 
-    def __init__(self, linear: nn.Module) -> None:
-        """Take over the weight of an `nn.Linear` or transformers `Conv1D`."""
+    def __init__(self, *linears: nn.Module) -> None:
+        """Take over the weights of layers with the same input, whose outputs will lie side by side.
+
+        They are each an `nn.Linear` or transformers `Conv1D`.
+        """
         super().__init__()
-        assert isinstance(linear, nn.Linear | Conv1D)
-        weight = linear.weight.detach()
-        if isinstance(linear, Conv1D):
-            weight = weight.T.contiguous()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
-        self.bias = None if linear.bias is None else linear.bias.detach()
+        weights, biases = zip(*map(_weight_and_bias, linears), strict=True)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), TYPICAL_ROWS)
+        self.bias = None if biases[0] is None else torch.cat(biases)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("this model was prepacked for inference and cannot be trained")
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+        return _linear(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """W [out, in] and b [out] of a layer."""
+    assert isinstance(linear, nn.Linear | Conv1D)
+    weight = linear.weight.detach()
+    bias = None if linear.bias is None else linear.bias.detach()
+    return (weight.T if isinstance(linear, Conv1D) else weight), bias
+
+
+def in_and_out(linear: nn.Module) -> tuple[int, int]:
+    """The numbers of inputs and outputs of an `nn.Linear` or `Conv1D`."""
+    outputs, inputs = _weight_and_bias(linear)[0].shape
+    return inputs, outputs

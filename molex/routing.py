@@ -5,24 +5,31 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from molex.adapter import Adapter
 from molex.config import MolexConfig, VoteConfig
-from molex.packing import Packed
+from molex.packing import Indices, Packed, ranges
 
 SMALLEST_PROBABILITY = 1e-12
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The layers that one request chose at one depth, and their weights, which sum to 1."""
 
     layers: tuple[int, ...]
     weights: tuple[float, ...]
+
+
+@cache
+def _sole_choice(layer: int) -> Choice:
+    """One object for all requests that choose a layer: a batch makes thousands of choices."""
+    return Choice((layer,), (1.0,))
 
 
 Route = tuple[Choice, ...]
@@ -35,28 +42,31 @@ def flat_route(route: Route) -> list[int | tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
-class RouteGroup:
-    """The requests that were routed to one layer at one depth.
-
-    `choices[i]` is 1 where it is the first choice of `requests[i]`, 2 where the second; `weights` [m] is what
-    the layer's output is multiplied by.
-    """
-
-    layer: int
-    requests: list[int]
-    choices: list[int]
-    weights: Tensor
-
-
-@dataclass(frozen=True)
 class RoutePlan:
-    """One depth of a batch: z' = own · L_t(z) + Σ_groups weights · L_layer(z).
+    """One depth of a batch: z' = own · L_t(z) + Σ_visits weight · L_layer(z).
 
-    `own` is [r], or None where no request mixes and z' = L_t(z).
+    `own` is [r], or None where no request mixes and z' = L_t(z). A visit is a request that runs through a
+    routed layer, which is its first or second choice: `layers`, `requests` and `choices` [v] list the visits
+    in order of layer and request, `weights` [v] is what the layer's output is multiplied by.
     """
 
     own: Tensor | None
-    groups: list[RouteGroup]
+    layers: Indices
+    requests: Indices
+    choices: Indices
+    weights: Tensor | None
+
+    @cached_property
+    def groups(self) -> list[tuple[int, Indices, Indices]]:
+        """Each routed layer with its requests and which choice of theirs it is."""
+        starts = np.flatnonzero(np.diff(self.layers, prepend=-1))
+        pieces = (np.split(values, starts[1:]) for values in (self.requests, self.choices))
+        return list(zip(self.layers[starts].tolist(), *pieces, strict=False))
+
+
+_NOBODY = np.empty(0, dtype=np.int64)
+NO_ROUTES = RoutePlan(None, _NOBODY, _NOBODY, _NOBODY, None)
+"""A depth at which no request mixes."""
 
 
 @dataclass(frozen=True)
@@ -138,14 +148,16 @@ def load_balance(ballots: Ballots) -> Tensor:
 class _Electorate:
     """Requests that vote by one rule.
 
-    `tokens` are their voting tokens, in order of the requests; None where those are all packed tokens.
+    `tokens` are their voting tokens in order of the requests, None where those are all packed tokens;
+    `owners` says which of the requests each belongs to. `wards` lists the adapters, each with the numbers of
+    its voting tokens by request.
     """
 
     molex: MolexConfig
-    requests: list[int]
-    lengths: list[int]
+    requests: Indices
     tokens: Tensor | None
     owners: Tensor
+    wards: list[tuple[Adapter, list[int]]]
 
 
 class Router:
@@ -164,12 +176,26 @@ class Router:
     ) -> None:
         self.adapters = adapters
         self.packed = packed
-        self.voters = voters
+        self.voters = np.asarray(voters, dtype=np.int64)
         self.pinned = pinned
         self.balance_losses: list[Tensor] = []
+        self._is_pinned = np.array([route is not None for route in pinned])
         self._choices: list[list[Choice]] = [[] for _ in range(len(packed))]
-        self._electorates: dict[tuple[int, ...], list[_Electorate]] = {}
-        self._pairs = [a.mixing_pairs().to(packed.device) if a.molex else None for a in adapters]
+        self._electorates: dict[bytes, list[_Electorate]] = {}
+        self._pairs = self._pair_table()
+
+    def _pair_table(self) -> Tensor | None:
+        """(w_own, w_routed) [r, depths, 2] of each request, (1, 0) where it does not mix."""
+        device = self.packed.device
+        pairs = {n: a.mixing_pairs().to(device) for n, a in enumerate(self.adapters) if a.molex is not None}
+        if not pairs:
+            return None
+        depths = 1 + max(max(adapter.gates, default=0) for adapter in self.adapters)
+        unmixed = next(iter(pairs.values())).new_tensor([1.0, 0.0]).expand(depths, 2)
+        rows = [unmixed] * len(self.adapters)
+        for n, mixed in pairs.items():
+            rows[n] = unmixed.index_copy(0, self._tensor(np.array(sorted(self.adapters[n].gates))), mixed)
+        return torch.stack(rows)[self._tensor(self.packed.members)]
 
     @property
     def routes(self) -> list[Route]:
@@ -180,125 +206,98 @@ class Router:
         ]
 
     def plan(self, depth: int, hidden: Tensor) -> RoutePlan:
-        """Decide a depth from its input [n, d]."""
-        mixing = [i for i, m in enumerate(self.packed.members) if depth in self.adapters[m].gates]
-        if not mixing:
-            return RoutePlan(None, [])
-        voting = [i for i in mixing if self.pinned[i] is None]
-        following = [i for i in mixing if self.pinned[i] is not None]
-        entries: list[tuple[int, int, int]] = []
+        """Decide a depth from its input, [n, d] or longer."""
+        mixes = np.array([depth in adapter.gates for adapter in self.adapters])
+        mixing = mixes[self.packed.members]
+        if not mixing.any():
+            return NO_ROUTES
+        visits: list[Indices] = []
         shares: list[Tensor] = []
-        for electorate in self._electorates_of(voting):
+        for electorate in self._electorates_of(np.flatnonzero(mixing & ~self._is_pinned)):
             ballots = self._ballots(electorate, depth, hidden)
             election = elect(ballots, electorate.molex.vote, electorate.molex.top_k)
             if torch.is_grad_enabled():
                 self.balance_losses.append(load_balance(ballots))
             shares.append(_differentiable_weights(election, ballots, electorate.molex).flatten())
-            layers = election.layers.tolist()
-            for request, chosen, weights in zip(
-                electorate.requests, layers, election.weights.tolist(), strict=True
-            ):
-                self._choices[request].append(Choice(tuple(chosen), tuple(weights)))
-                entries += [(request, layer, n) for n, layer in enumerate(chosen, start=1)]
-        if following:
-            chosen_earlier = [(i, self._pinned_choice(i, depth)) for i in following]
-            entries += [(i, layer, n) for i, c in chosen_earlier for n, layer in enumerate(c.layers, start=1)]
-            weights = [weight for _, choice in chosen_earlier for weight in choice.weights]
-            shares.append(torch.tensor(weights, dtype=torch.float64, device=hidden.device))
-        return self._plan(depth, mixing, entries, torch.cat(shares))
+            layers, weights = election.layers.tolist(), election.weights.tolist()
+            for request, chosen, share in zip(electorate.requests.tolist(), layers, weights, strict=True):
+                choice = _sole_choice(chosen[0]) if len(chosen) == 1 else Choice(tuple(chosen), tuple(share))
+                self._choices[request].append(choice)
+            visits.append(_visits(electorate.requests, layers))
+        if following := np.flatnonzero(mixing & self._is_pinned).tolist():
+            choices = [self._pinned_choice(i, depth) for i in following]
+            visits += [_visits(np.array([i]), [c.layers]) for i, c in zip(following, choices, strict=True)]
+            earned = [weight for choice in choices for weight in choice.weights]
+            shares.append(torch.tensor(earned, dtype=torch.float64, device=hidden.device))
+        return self._plan(depth, np.concatenate(visits, axis=1), torch.cat(shares))
 
     def _pinned_choice(self, request: int, depth: int) -> Choice:
-        route, molex = self.pinned[request], self.adapters[self.packed.members[request]].molex
+        route = self.pinned[request]
+        molex = self.adapters[int(self.packed.members[request])].molex
         assert route is not None
         assert molex is not None
         return route[molex.mixed_depths.index(depth)]
 
-    def _electorates_of(self, voting: list[int]) -> list[_Electorate]:
+    def _electorates_of(self, voting: Indices) -> list[_Electorate]:
         """The voting requests by voting rule; the same at every depth where the same requests vote."""
-        key = tuple(voting)
+        key = voting.tobytes()
         if key not in self._electorates:
             by_rule: dict[tuple[VoteConfig, int, str], list[int]] = defaultdict(list)
-            for i in voting:
+            for i in voting.tolist():
                 molex = self.adapters[self.packed.members[i]].molex
                 assert molex is not None
                 by_rule[molex.vote, molex.top_k, molex.gate_gradient].append(i)
-            self._electorates[key] = [self._electorate(requests) for requests in by_rule.values()]
+            self._electorates[key] = [self._electorate(np.array(requests)) for requests in by_rule.values()]
         return self._electorates[key]
 
-    def _electorate(self, requests: list[int]) -> _Electorate:
-        molex = self.adapters[self.packed.members[requests[0]]].molex
+    def _electorate(self, requests: Indices) -> _Electorate:
+        voters, members = self.voters[requests], self.packed.members[requests]
+        firsts = np.flatnonzero(np.diff(members, prepend=-1))
+        wards = [
+            (self.adapters[members[first]], lengths.tolist())
+            for first, lengths in zip(firsts, np.split(voters, firsts[1:]), strict=True)
+        ]
+        molex = wards[0][0].molex
         assert molex is not None
-        device = self.packed.device
-        lengths = [self.voters[i] for i in requests]
-        tokens: Tensor | None = None
-        if sum(lengths) < self.packed.num_tokens:
-            everything = torch.arange(self.packed.num_tokens, device=device)
-            starts = [self.packed.offsets[i] for i in requests]
-            tokens = torch.cat([everything[s : s + n] for s, n in zip(starts, lengths, strict=True)])
-        owners = torch.arange(len(requests), device=device).repeat_interleave(
-            torch.tensor(lengths, device=device)
-        )
-        return _Electorate(molex, requests, lengths, tokens, owners)
+        tokens = None
+        if voters.sum() < self.packed.num_tokens:
+            tokens = torch.from_numpy(ranges(self.packed.offsets[requests], voters)).to(self.packed.device)
+        owners = torch.from_numpy(np.repeat(np.arange(len(requests)), voters)).to(self.packed.device)
+        return _Electorate(molex, requests, tokens, owners, wards)
 
     def _ballots(self, electorate: _Electorate, depth: int, hidden: Tensor) -> Ballots:
-        voting = hidden if electorate.tokens is None else hidden.index_select(0, electorate.tokens)
-        # Converted for all gates at once; they are in at least float32.
-        voting = voting.to(torch.promote_types(voting.dtype, torch.float32))
-        logits = self._gate_logits(electorate, depth, voting)
-        return Ballots(logits, electorate.owners, len(electorate.requests))
+        """The gate of each adapter on its own voting tokens."""
+        tokens = electorate.tokens
+        voting = hidden[: self.packed.num_tokens] if tokens is None else hidden.index_select(0, tokens)
+        pieces = voting.split([sum(lengths) for _, lengths in electorate.wards])
+        logits = [
+            adapter.gates[depth].logits(piece, lengths)
+            for (adapter, lengths), piece in zip(electorate.wards, pieces, strict=True)
+        ]
+        return Ballots(torch.cat(logits), electorate.owners, len(electorate.requests))
 
-    def _gate_logits(self, electorate: _Electorate, depth: int, hidden: Tensor) -> Tensor:
-        """Each adapter's gate on its own voting tokens; the electorate lists them adapter by adapter."""
-        pieces: list[Tensor] = []
-        first_token = first = 0
-        members = [self.packed.members[i] for i in electorate.requests]
-        while first < len(members):
-            last = first
-            while last < len(members) and members[last] == members[first]:
-                last += 1
-            lengths = electorate.lengths[first:last]
-            end_token = first_token + sum(lengths)
-            gate = self.adapters[members[first]].gates[depth]
-            pieces.append(gate.logits(hidden[first_token:end_token], lengths))
-            first, first_token = last, end_token
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-    def _plan(
-        self, depth: int, mixing: list[int], entries: list[tuple[int, int, int]], shares: Tensor
-    ) -> RoutePlan:
-        own, routed = self._pairs_at(depth, mixing)
-        place = {request: n for n, request in enumerate(mixing)}
-        factors = shares.to(routed) * routed[[place[request] for request, _, _ in entries]]
-        weights = torch.ones(len(self.packed), dtype=own.dtype, device=own.device)
-        weights = weights.index_put((torch.tensor(mixing, device=own.device),), own)
-        by_layer: dict[int, list[int]] = defaultdict(list)
-        for n, (_, layer, _) in enumerate(entries):
-            by_layer[layer].append(n)
-        if stayed := by_layer.pop(depth, None):
+    def _plan(self, depth: int, visits: Indices, shares: Tensor) -> RoutePlan:
+        """`visits` [3, v] are requests, layers and choices, `shares` [v] their parts of the routed weight."""
+        assert self._pairs is not None
+        own, routed = self._pairs[:, depth].unbind(1)
+        requests, layers, choices = visits
+        weights = shares.to(routed.dtype) * routed[self._tensor(requests)]
+        if (stays := np.flatnonzero(layers == depth)).size:
             # The routed layer is the own one: it runs once, with both weights.
-            at = torch.tensor([entries[n][0] for n in stayed], device=own.device)
-            weights = weights.index_add(0, at, factors[stayed])
-        groups = []
-        for layer, members in sorted(by_layer.items()):
-            members.sort(key=lambda n: entries[n][0])
-            requests = [entries[n][0] for n in members]
-            groups.append(RouteGroup(layer, requests, [entries[n][2] for n in members], factors[members]))
-        return RoutePlan(weights, groups)
+            own = own.index_add(0, self._tensor(requests[stays]), weights[self._tensor(stays)])
+        order = np.lexsort((requests, layers))
+        order = order[layers[order] != depth]
+        return RoutePlan(own, layers[order], requests[order], choices[order], weights[self._tensor(order)])
 
-    def _pairs_at(self, depth: int, mixing: list[int]) -> tuple[Tensor, Tensor]:
-        """(w_own, w_routed), each [m], of the mixing requests."""
-        members = [self.packed.members[i] for i in mixing]
-        rows = {member: self._pair(member, depth) for member in dict.fromkeys(members)}
-        place = {member: n for n, member in enumerate(rows)}
-        index = torch.tensor([place[member] for member in members], device=self.packed.device)
-        both = torch.stack(list(rows.values())).index_select(0, index)
-        return both[:, 0], both[:, 1]
+    def _tensor(self, indices: Indices) -> Tensor:
+        return torch.from_numpy(indices).to(self.packed.device)
 
-    def _pair(self, member: int, depth: int) -> Tensor:
-        pairs, molex = self._pairs[member], self.adapters[member].molex
-        assert pairs is not None
-        assert molex is not None
-        return pairs[molex.mixed_depths.index(depth)]
+
+def _visits(requests: Indices, layers: Sequence[Sequence[int]]) -> Indices:
+    """Requests, layers and choices [3, v · k] where request i visits the k layers `layers[i]`."""
+    chosen = np.array(layers)
+    count, top_k = chosen.shape
+    return np.stack([requests.repeat(top_k), chosen.ravel(), np.tile(np.arange(1, top_k + 1), count)])
 
 
 def _differentiable_weights(election: Election, ballots: Ballots, molex: MolexConfig) -> Tensor:

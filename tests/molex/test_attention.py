@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,7 +69,7 @@ def check(case, dtype=torch.float64, scaling=None, tolerance=1e-10):
     new = [torch.cat([x[p:] for x, p in zip(xs, case.past, strict=True)]) for xs in (keys, values)]
 
     factor = 1 / math.sqrt(SIZE) if scaling is None else scaling
-    output = packed_attention(query, *new, packed, kv, factor, case.window)
+    output = packed_attention(torch.cat([query, *new], dim=1), KV_HEADS, packed, kv, factor, case.window)
 
     assert output.dtype == dtype
     assert output.shape == query.shape
@@ -128,7 +129,19 @@ def test_new_keys_and_values_are_kept():
     cache = KVCache(1, 4, num_layers=1, num_heads=KV_HEADS, head_dim=SIZE, dtype=torch.float32, device=CPU)
     key, value = torch.randn(2, 3, KV_HEADS, SIZE)
     packed = Packed([3], [0], [0], causal=True, device=CPU)
-    packed_attention(key, key, value, packed, KVStreams(cache.depths[0], [0]), scaling=1.0)
+    heads = torch.cat([key, key, value], dim=1)
+    packed_attention(heads, KV_HEADS, packed, KVStreams(cache.depths[0], [0]), scaling=1.0)
     keys, values = cache.depths[0].read([0], 3)
     assert torch.equal(keys[0], key.transpose(0, 1))
     assert torch.equal(values[0], value.transpose(0, 1))
+
+
+@pytest.mark.parametrize("lengths", [[3, 20, 18], [5]])
+def test_chosen_rows_are_those_of_all(lengths):
+    heads = torch.randn(sum(lengths), 3 * KV_HEADS, SIZE)
+    packed = Packed(lengths, [0] * len(lengths), [0] * len(lengths), causal=False, device=CPU)
+    rows = np.array([sum(lengths) - 1, 0, 0, 2])
+    every, chosen = (
+        packed_attention(heads, KV_HEADS, packed, None, 1.0, rows=which) for which in (None, rows)
+    )
+    assert torch.equal(chosen, every[rows])

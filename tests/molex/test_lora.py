@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -44,7 +45,7 @@ def pack(lengths, members):
 
 
 def all_segments(packed):
-    return packed.segments(range(len(packed)))
+    return packed.segments(np.arange(len(packed)))
 
 
 @st.composite

@@ -144,14 +144,14 @@ def test_every_request_gets_its_pair_of_weights_in_full(spec_of, seed, lengths):
     for depth in range(LAYERS):
         plan = routes.plan(depth, hidden_for(lengths, seed + depth))
         total = plan.own.clone()
-        layers = [group.layer for group in plan.groups]
+        layers = [layer for layer, _, _ in plan.groups]
         assert depth not in layers  # the own layer runs once
         assert layers == sorted(set(layers))
-        for group in plan.groups:
-            total[group.requests] += group.weights
+        total.index_add_(0, torch.from_numpy(plan.requests), plan.weights)
         torch.testing.assert_close(total, torch.ones(len(lengths)))
         mixes = [depth in adapters[member].gates for member in members]
-        routed = {request for group in plan.groups for request in group.requests}
+        assert plan.requests.tolist() == [i for _, requests, _ in plan.groups for i in requests]
+        routed = set(plan.requests.tolist())
         assert routed <= {request for request, mixed in enumerate(mixes) if mixed}
         assert all(plan.own[i] == 1 for i, mixed in enumerate(mixes) if not mixed)
     expected_lengths = {0: 0, 1: LAYERS, 2: 2, 3: 0}
@@ -178,12 +178,16 @@ def pinned_plan(spec, layer, depth, **config):
     return plan
 
 
+def visits_of(plan):
+    """(layer, request, choice) of every visit."""
+    return list(zip(plan.layers.tolist(), plan.requests.tolist(), plan.choices.tolist(), strict=True))
+
+
 def test_a_pinned_route_is_followed(spec_of):
     plan = pinned_plan(spec_of("roberta"), 4, depth=2)
     assert plan.own.tolist() == pytest.approx([0.7])
-    (group,) = plan.groups
-    assert (group.layer, group.requests, group.choices) == (4, [0], [1])
-    assert group.weights.tolist() == pytest.approx([0.2])
+    assert visits_of(plan) == [(4, 0, 1)]
+    assert plan.weights.tolist() == pytest.approx([0.2])
 
 
 def test_a_routed_layer_that_is_the_own_one_adds_its_weight_to_it(spec_of):
@@ -195,11 +199,10 @@ def test_a_routed_layer_that_is_the_own_one_adds_its_weight_to_it(spec_of):
 def test_top_2_shares_the_routed_weight(spec_of):
     plan = pinned_plan(spec_of("roberta"), (4, 2), depth=2, top_k=2)
     assert plan.own.tolist() == pytest.approx([0.7 + 0.2 * 0.25])
-    (group,) = plan.groups
-    assert (group.layer, group.choices) == (4, [1])
-    assert group.weights.tolist() == pytest.approx([0.2 * 0.75])
+    assert visits_of(plan) == [(4, 0, 1)]
+    assert plan.weights.tolist() == pytest.approx([0.2 * 0.75])
     plan = pinned_plan(spec_of("roberta"), (4, 1), depth=2, top_k=2)
-    assert [(group.layer, group.choices) for group in plan.groups] == [(1, [2]), (4, [1])]
+    assert visits_of(plan) == [(1, 0, 2), (4, 0, 1)]
 
 
 def test_only_the_voters_vote(spec_of):
@@ -220,7 +223,7 @@ def trained(spec, gate_gradient):
 
 
 def routed_weights(plan):
-    return torch.cat([plan.own, *(group.weights for group in plan.groups)])
+    return torch.cat([plan.own, plan.weights])
 
 
 def test_straight_through_is_one_in_value_and_trains_the_gate(spec_of):
