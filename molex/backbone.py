@@ -140,16 +140,16 @@ class Backbone:
             digest=self._digest,
         )
 
-    @property
+    @cached_property
     def num_kv_heads(self) -> int:
         return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
 
-    @property
+    @cached_property
     def head_dim(self) -> int:
         default = self.config.hidden_size // self.config.num_attention_heads
         return int(getattr(self.config, "head_dim", None) or default)
 
-    @property
+    @cached_property
     def layers_share_attention(self) -> bool:
         """Whether all layers scale scores alike and see as far back, so that a call can serve several."""
         return len(set(self._attention)) == 1
@@ -187,8 +187,7 @@ class Backbone:
         """
         if self.family.norm_before is not None:
             x = getattr(self.layers[layer], self.family.norm_before)(x)
-        with self.switch.on(lora):
-            projected = self._projections[layer](x)
+        projected = self.switch.call(lora, self._projections[layer], x)
         return projected.view(len(x), -1, self.head_dim)
 
     def attend(
@@ -212,8 +211,7 @@ class Backbone:
 
     def finish(self, layer: int, x: Tensor, attended: Tensor, lora: ActiveLora | None) -> Tensor:
         """The second half of a layer: its input [n, d] and what attention returned → its output [n, d]."""
-        with self.switch.on(lora):
-            return self.family.finish(self.layers[layer], x, attended)
+        return self.switch.call(lora, self.family.finish, self.layers[layer], x, attended)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm after the last layer, where the family has one."""

@@ -35,16 +35,36 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Stage:
-    """What several layers read in one half of theirs.
+    """What several layers read in one half of theirs, call by call.
 
-    Of the tokens that lie side by side, call by call, `rows` lists those to read, padded behind each call.
-    `inputs` has their hidden states, `counts` their number without padding and `lora` their updates, by call.
+    `rows` lists the places to read among the tokens side by side, padded behind each call to `sizes` in all;
+    `tokens` are the rows of the batch's hidden states there, `counts` the numbers without padding and `lora`
+    the low-rank updates.
     """
 
     rows: Indices
-    inputs: Sequence[Tensor]
+    tokens: Tensor
     counts: list[int]
+    sizes: list[int]
     lora: list[ActiveLora | None]
+
+    def read(self, hidden: Tensor) -> Sequence[Tensor]:
+        """The rows of each call."""
+        rows: Sequence[Tensor] = hidden.index_select(0, self.tokens).split(self.sizes)
+        return rows
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """The tokens of several layer calls side by side; the same at all depths where the requests are.
+
+    `tokens` are their places in the batch; `packed` and `rotary` describe them, `stage` reads all of them.
+    """
+
+    tokens: Indices
+    packed: Packed
+    rotary: tuple[Tensor, Tensor] | None
+    stage: Stage
 
 
 class Forward:
@@ -87,6 +107,7 @@ class Forward:
             device=backbone.device,
         )
         self._lora = lora
+        self._arrangements: dict[tuple[bytes, ...], Arrangement] = {}
 
     def _needed_tokens(self, row: Row, lm_logits: str) -> range:
         """The tokens of a request whose last hidden states someone looks at."""
@@ -100,7 +121,8 @@ class Forward:
     def embed(self) -> Tensor:
         """The input of depth 0: [n, d], and rows of padding behind."""
         backbone = self.backbone
-        tokens = self._tensor(self._padded(np.array([self.packed.num_tokens])))
+        count = self.packed.num_tokens
+        tokens = self._tensor(_padded([count], [backbone.padded_rows(count)]))
         ids = self._tensor([token for row in self.rows for token in row.token_ids])
         positions = self._tensor(self.packed.positions)
         types = None
@@ -128,49 +150,55 @@ class Forward:
 
     def _run(self, depth: int, calls: Sequence[LayerCall], hidden: Tensor, *, last: bool) -> list[Tensor]:
         """The outputs of several layers, with one attention over all their rows."""
-        requests = np.concatenate([call.requests for call in calls])
-        tokens = self.packed.tokens(requests)
-        packed = self.packed if np.array_equal(requests, self._everyone) else self.packed.subset(requests)
-        stage = self._stage(calls, hidden, self.packed, tokens, np.arange(len(tokens)))
+        backbone, arranged = self.backbone, self._arranged(calls)
+        stage, inputs = arranged.stage, arranged.stage.read(hidden)
         projected = [
-            self.backbone.project(call.layer, x, lora)[:count]
-            for call, x, lora, count in zip(calls, stage.inputs, stage.lora, stage.counts, strict=True)
+            backbone.project(call.layer, x, lora)[:count]
+            for call, x, lora, count in zip(calls, inputs, stage.lora, stage.counts, strict=True)
         ]
         heads = projected[0] if len(calls) == 1 else torch.cat(projected)
         if last and self._result.num_tokens < self.packed.num_tokens:
-            needed = ranges(packed.offsets + self._first_needed[requests], self._result.lengths[requests])
-            stage = self._stage(calls, hidden, self._result, tokens, needed)
+            requests = np.concatenate([call.requests for call in calls])
+            first = arranged.packed.offsets + self._first_needed[requests]
+            needed = ranges(first, self._result.lengths[requests])
+            stage = self._stage(calls, self._result, arranged.tokens, needed)
+            inputs = stage.read(hidden)
+        kv = self._kv_streams(depth, calls)
+        attended = backbone.attend(calls[0].layer, heads, arranged.packed, arranged.rotary, kv, stage.rows)
+        pieces = attended.split(stage.sizes)
+        return [
+            backbone.finish(call.layer, x, piece, lora)
+            for call, x, piece, lora in zip(calls, inputs, pieces, stage.lora, strict=True)
+        ]
+
+    def _arranged(self, calls: Sequence[LayerCall]) -> Arrangement:
+        key = tuple(call.requests.tobytes() for call in calls)
+        if key not in self._arrangements:
+            self._arrangements[key] = self._arrange(calls)
+        return self._arrangements[key]
+
+    def _arrange(self, calls: Sequence[LayerCall]) -> Arrangement:
+        requests = np.concatenate([call.requests for call in calls])
+        tokens = self.packed.tokens(requests)
+        packed = self.packed if np.array_equal(requests, self._everyone) else self.packed.subset(requests)
         rotary = self._rotary
         if rotary is not None:
             at = self._tensor(tokens)
             rotary = rotary[0].index_select(0, at), rotary[1].index_select(0, at)
-        kv = self._kv_streams(depth, calls)
-        attended = self.backbone.attend(calls[0].layer, heads, packed, rotary, kv, stage.rows)
-        return [
-            self.backbone.finish(call.layer, x, piece, lora)
-            for call, x, piece, lora in zip(
-                calls, stage.inputs, attended.split([len(x) for x in stage.inputs]), stage.lora, strict=True
-            )
-        ]
+        return Arrangement(
+            tokens, packed, rotary, self._stage(calls, self.packed, tokens, np.arange(len(tokens)))
+        )
 
-    def _stage(
-        self, calls: Sequence[LayerCall], hidden: Tensor, layout: Packed, tokens: Indices, among: Indices
-    ) -> Stage:
+    def _stage(self, calls: Sequence[LayerCall], layout: Packed, tokens: Indices, among: Indices) -> Stage:
         """Read the places `among` of the tokens side by side; `layout` says how many those are by request."""
-        counts = np.array([layout.lengths[call.requests].sum() for call in calls])
-        rows = among[self._padded(counts)]
-        sizes = [self.backbone.padded_rows(count) for count in counts.tolist()]
-        inputs = hidden.index_select(0, self._tensor(tokens[rows])).split(sizes)
+        counts = [int(layout.lengths[call.requests].sum()) for call in calls]
+        sizes = [self.backbone.padded_rows(count) for count in counts]
+        rows = among[_padded(counts, sizes)]
         lora = [
             ActiveLora(self._lora, layout.segments(call.requests)) if self._lora.updates else None
             for call in calls
         ]
-        return Stage(rows, inputs, counts.tolist(), lora)
-
-    def _padded(self, counts: Indices) -> Indices:
-        """0, 1, …, those of each call repeating their last one up to the number of rows that is run."""
-        sizes = np.array([self.backbone.padded_rows(count) for count in counts.tolist()])
-        return ranges(counts.cumsum() - counts, counts, sizes)
+        return Stage(rows, self._tensor(tokens[rows]), counts, sizes, lora)
 
     def _kv_streams(self, depth: int, calls: Sequence[LayerCall]) -> KVStreams | None:
         """Where the requests of the calls keep keys and values, side by side."""
@@ -212,3 +240,9 @@ class Forward:
         logits = self.backbone.lm_head(hidden[self._tensor(self._result.tokens(chosen))])
         pieces = logits if lm_logits == "last" else logits.split(self._result.lengths[chosen].tolist())
         return dict(zip(requests, pieces, strict=True))
+
+
+def _padded(counts: Sequence[int], sizes: Sequence[int]) -> Indices:
+    """0, 1, …: as many as each count says, then the last of them again up to each size."""
+    lengths = np.array(counts)
+    return ranges(lengths.cumsum() - lengths, lengths, np.array(sizes))

@@ -15,10 +15,10 @@ little (on the CPU that we measured, products this small were slower in bfloat16
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -185,6 +185,10 @@ class ActiveLora:
             self._input = (x, x.to(dtype))
         return self._input[1]
 
+    def forget_input(self) -> None:
+        """Let go of the last layer's input: this object may outlive the layer by a whole pass."""
+        self._input = None
+
     def _dropout(self) -> float:
         return max(adapter.dropout for adapter in self.batch.adapters)
 
@@ -207,14 +211,15 @@ class LoraSwitch:
 
     active: ActiveLora | None = None
 
-    @contextmanager
-    def on(self, active: ActiveLora | None) -> Iterator[None]:
-        """Add the updates of `active` for the time of a call."""
+    def call(self, active: ActiveLora | None, half: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """Call one half of a layer, whose linear layers add the updates of `active`."""
         self.active = active
         try:
-            yield
+            return half(*inputs)
         finally:
             self.active = None
+            if active is not None:
+                active.forget_input()
 
 
 class AdaptedLinear(nn.Module):

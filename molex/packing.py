@@ -33,6 +33,12 @@ def ranges(starts: Indices, lengths: Indices, rows: Indices | None = None) -> In
     return numbers
 
 
+def starts_of_runs(values: Indices) -> Indices:
+    """The places of the first of equal neighbours."""
+    differs = np.concatenate([[True], values[1:] != values[:-1]])
+    return np.flatnonzero(differs[: len(values)])
+
+
 @dataclass(frozen=True)
 class AttentionGroup:
     """Requests whose attention runs in one call.
@@ -104,9 +110,9 @@ class Packed:
     def segments(self, requests: Indices) -> list[tuple[int, int, int]]:
         """Runs of tokens of one adapter where some requests lie side by side: (member, first token, end)."""
         members, ends = self.members[requests], self.lengths[requests].cumsum()
-        last = np.flatnonzero(np.diff(members, append=-1))
-        stops = ends[last].tolist()
-        return list(zip(members[last].tolist(), [0, *stops], stops, strict=False))
+        first = starts_of_runs(members)
+        stops = ends[np.append(first[1:], len(members)) - 1].tolist()
+        return list(zip(members[first].tolist(), [0, *stops], stops, strict=False))
 
     def subset(self, requests: Indices) -> Packed:
         """The same for some of the requests, packed on their own."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from molex.adapter import Adapter
 from molex.config import MolexConfig, VoteConfig
-from molex.packing import Indices, Packed, ranges
+from molex.packing import Indices, Packed, ranges, starts_of_runs
 
 SMALLEST_PROBABILITY = 1e-12
 
@@ -59,7 +59,7 @@ class RoutePlan:
     @cached_property
     def groups(self) -> list[tuple[int, Indices, Indices]]:
         """Each routed layer with its requests and which choice of theirs it is."""
-        starts = np.flatnonzero(np.diff(self.layers, prepend=-1))
+        starts = starts_of_runs(self.layers)
         pieces = (np.split(values, starts[1:]) for values in (self.requests, self.choices))
         return list(zip(self.layers[starts].tolist(), *pieces, strict=False))
 
@@ -252,7 +252,7 @@ class Router:
 
     def _electorate(self, requests: Indices) -> _Electorate:
         voters, members = self.voters[requests], self.packed.members[requests]
-        firsts = np.flatnonzero(np.diff(members, prepend=-1))
+        firsts = starts_of_runs(members)
         wards = [
             (self.adapters[members[first]], lengths.tolist())
             for first, lengths in zip(firsts, np.split(voters, firsts[1:]), strict=True)

@@ -52,8 +52,7 @@ def test_fused_projections_are_the_separate_ones_side_by_side(dtype, bias, adapt
     active = ActiveLora(
         BatchLora([updates(1, *adapted), updates(2, *adapted[:1])]), packed.segments(np.arange(3))
     )
-    with switch.on(active), fused_switch.on(active):
-        expected, given = separate(x), fused(x)
+    expected, given = switch.call(active, separate, x), fused_switch.call(active, fused, x)
     assert given.shape == (7, sum(OUTPUTS.values()))
     torch.testing.assert_close(given, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
