@@ -7,12 +7,12 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from threading import Condition, Thread
 from time import perf_counter
 from typing import ParamSpec, TypeVar
 
 from molex.routing import Route
+from molex.threads import release_helpers
 from server.adapters import AdapterStore
 from server.base import Base, load_base
 from server.errors import internal_error, stopping_error
@@ -106,6 +106,8 @@ class Engine:
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
+        # This thread has loaded the bases. From now on only the worker should have helpers.
+        release_helpers()
         self._worker.start()
 
     async def stop(self) -> None:
@@ -120,7 +122,13 @@ class Engine:
 
     async def in_pool(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run what blocks (tokenizing, reading files) on a pool thread."""
-        call = partial(function, *args, **kwargs)
+
+        def call() -> T:
+            try:
+                return function(*args, **kwargs)
+            finally:
+                release_helpers()
+
         return await asyncio.get_running_loop().run_in_executor(self._pool, call)
 
     def submit(self, sequences: Seq[Sequence]) -> Submission:
