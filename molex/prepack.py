@@ -18,9 +18,6 @@ from transformers.pytorch_utils import Conv1D
 # oneDNN chooses a layout for a number of rows. All sizes run with any layout; this one serves a full batch.
 TYPICAL_ROWS = 512
 
-# The overload itself: choosing it at each call takes longer than a small product.
-_linear = torch.ops.mkldnn._linear_pointwise.default
-
 
 def padded_rows(rows: int) -> int:
     """The number of rows to run in place of `rows`: less than 8 more, or less than a sixteenth more."""
@@ -50,11 +47,13 @@ class PrepackedLinear(nn.Module):
         weights, biases = zip(*map(_weight_and_bias, linears), strict=True)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), TYPICAL_ROWS)
         self.bias = None if biases[0] is None else torch.cat(biases)
+        # The overload itself: choosing it anew at each call takes some microseconds.
+        self._linear = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("this model was prepacked for inference and cannot be trained")
-        return _linear(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+        return self._linear(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
