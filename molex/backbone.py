@@ -1,8 +1,7 @@
 """The base model as a set of layers, any of which can run on any rows at any depth.
 
-The modules of transformers' blocks do the work, in two halves a layer: `Backbone.project` and
-`Backbone.finish`. Attention, between them, has no weights, so all layers that run at one depth share it
-(`Backbone.attend`). Linear layers are wrapped: they add the low-rank updates of the batch (`molex/lora.py`).
+The modules of transformers' blocks do the work, in two halves a layer (`molex/layers.py`). Attention, between
+them, has no weights, so all layers that run at one depth in one precision share it (`Backbone.attend`).
 """
 
 from __future__ import annotations
@@ -26,16 +25,13 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.llama.modeling_llama import rotate_half
-from transformers.pytorch_utils import Conv1D
 
 from molex.attention import KVStreams, packed_attention
 from molex.errors import BaseModelError
 from molex.family import FAMILIES, attention_options
 from molex.heads import HeadKind
-from molex.lora import ActiveLora, AdaptedLinear, LoraSwitch
+from molex.layers import Layers, copied
 from molex.packing import Indices, Packed
-from molex.prepack import can_prepack, in_and_out, padded_rows
-from molex.projections import Projections
 
 
 @dataclass(frozen=True)
@@ -65,8 +61,17 @@ class BaseSpec:
 class Backbone:
     """A base model taken apart: embedding, T layers, final norm and language model head."""
 
-    def __init__(self, model: PreTrainedModel, *, has_pooler: bool = False) -> None:
-        """`model` is a bare encoder or a causal language model."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        has_pooler: bool = False,
+        routed_dtype: torch.dtype | None = None,
+    ) -> None:
+        """`model` is a bare encoder or a causal language model.
+
+        With a `routed_dtype` of its own the routed layers are a second copy, in that precision.
+        """
         self.config: Any = model.config
         self.family = FAMILIES[self.config.model_type]
         base = model.base_model
@@ -74,16 +79,12 @@ class Backbone:
         self._base: Any = base
         self.lm_head: nn.Module | None = getattr(model, "lm_head", None) if self.family.causal else None
         self.pooler = _pooler(base) if has_pooler else None
-        self.layers: list[Any] = list(attrgetter(self.family.layers)(base))
-        self._attention = [attention_options(layer, self.family, self.config) for layer in self.layers]
-        self.switch = LoraSwitch()
-        self.prepacked = False
         self._digest = _digest(model)
-        self._modules = _wrap_linear_layers(self.layers, self.switch)
-        self._projections = [
-            Projections([layer.get_submodule(name) for name in self.family.projections])
-            for layer in self.layers
-        ]
+        blocks = list(attrgetter(self.family.layers)(base))
+        self._attention = [attention_options(block, self.family, self.config) for block in blocks]
+        other = None if routed_dtype in (None, base.dtype) else copied(blocks, routed_dtype)
+        self.own = Layers(blocks, self.family)
+        self.routed = self.own if other is None else Layers(other, self.family)
 
     @classmethod
     def from_pretrained(
@@ -91,6 +92,7 @@ class Backbone:
         base: str | Path,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        routed_dtype: torch.dtype | None = None,
     ) -> Backbone:
         """Load a local folder or hub id. Raises BaseModelError, naming the base, if it can't be served."""
         is_path = isinstance(base, Path) or base.startswith((".", "/"))
@@ -113,7 +115,7 @@ class Backbone:
         if missing:
             raise BaseModelError(f"base model {str(base)!r}: no weights for {sorted(missing)[0]}")
         has_pooler = config.model_type == "bert" and not info["missing_keys"]
-        return cls(model.to(device), has_pooler=has_pooler)
+        return cls(model.to(device), has_pooler=has_pooler, routed_dtype=routed_dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,12 +129,12 @@ class Backbone:
     def spec(self) -> BaseSpec:
         return BaseSpec(
             model_type=self.config.model_type,
-            num_layers=len(self.layers),
+            num_layers=len(self.own.blocks),
             hidden_size=self.config.hidden_size,
             vocab_size=self.config.vocab_size,
             token_types=getattr(self.config, "type_vocab_size", 0),
             max_length=self.family.max_length(self.config),
-            modules=self._modules,
+            modules=self.own.modules,
             prefix=f"{self.family.root}.{self.family.layers}",
             head=self.family.head,
             generates=self.lm_head is not None,
@@ -156,13 +158,8 @@ class Backbone:
 
     def prepack(self) -> None:
         """Lay the weights of all layers out for inference (`molex/prepack.py`); no gradients afterwards."""
-        if can_prepack(self.dtype, self.device) and not self.prepacked:
-            self.prepacked = True
-            for layer, projections in zip(self.layers, self._projections, strict=True):
-                projections.prepack()
-                for module in layer.modules():
-                    if isinstance(module, AdaptedLinear) and module not in projections.modules:
-                        module.prepack()
+        self.own.prepack()
+        self.routed.prepack()
 
     def embed(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
         """Token ids, positions and token types [n] → hidden states [n, d]."""
@@ -176,24 +173,10 @@ class Backbone:
         cos, sin = self._base.rotary_emb(hidden[None], positions[None])
         return cos[0], sin[0]
 
-    def padded_rows(self, rows: int) -> int:
-        """How many rows to hand to `project` and `finish` for `rows`; the others may hold anything."""
-        return padded_rows(rows) if self.prepacked else rows
-
-    def project(self, layer: int, x: Tensor, lora: ActiveLora | None) -> Tensor:
-        """The first half of a layer, on its input x [n, d].
-
-        Queries, keys and values side by side: [n, num_heads + 2 · num_kv_heads, head_dim].
-        """
-        if self.family.norm_before is not None:
-            x = getattr(self.layers[layer], self.family.norm_before)(x)
-        projected = self.switch.call(lora, self._projections[layer], x)
-        return projected.view(len(x), -1, self.head_dim)
-
     def attend(
         self,
         layer: int,
-        heads: Tensor,
+        projected: Tensor,
         packed: Packed,
         rotary: tuple[Tensor, Tensor] | None,
         kv: KVStreams | None,
@@ -201,17 +184,14 @@ class Backbone:
     ) -> Tensor:
         """What lies between the halves of a layer, or of several if `layers_share_attention`.
 
-        `heads` [n, num_heads + 2 · num_kv_heads, head_dim] and `rotary` belong to the tokens of `packed`.
-        Returns [m, num_heads · head_dim] for its tokens `rows` [m].
+        `projected` [n, (num_heads + 2 · num_kv_heads) · head_dim] and `rotary` belong to the tokens of
+        `packed`. Returns [m, num_heads · head_dim] for its tokens `rows` [m].
         """
+        heads = projected.view(len(projected), -1, self.head_dim)
         if rotary is not None:
             heads = _rotated(heads, self.num_kv_heads, *rotary)
         scaling, window = self._attention[layer]
         return packed_attention(heads, self.num_kv_heads, packed, kv, scaling, window, rows).flatten(-2)
-
-    def finish(self, layer: int, x: Tensor, attended: Tensor, lora: ActiveLora | None) -> Tensor:
-        """The second half of a layer: its input [n, d] and what attention returned → its output [n, d]."""
-        return self.switch.call(lora, self.family.finish, self.layers[layer], x, attended)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm after the last layer, where the family has one."""
@@ -221,7 +201,8 @@ class Backbone:
 def _rotated(heads: Tensor, num_kv_heads: int, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of the queries and keys among heads [n, heads, head_dim]."""
     turning, values = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
-    turned = turning * cos[:, None] + rotate_half(turning) * sin[:, None]
+    cos, sin = cos[:, None].to(heads.dtype), sin[:, None].to(heads.dtype)
+    turned = turning * cos + rotate_half(turning) * sin
     return torch.cat([turned, values], dim=1)
 
 
@@ -241,17 +222,6 @@ def _check_supported(base: str, config: PretrainedConfig) -> None:
 def _pooler(base: Any) -> Callable[[Tensor], Tensor]:
     """The base's own pooler, on hidden states [m, d] that are pooled tokens already."""
     return lambda pooled: base.pooler(pooled[:, None].to(base.dtype))
-
-
-def _wrap_linear_layers(layers: list[Any], switch: LoraSwitch) -> dict[str, tuple[int, int]]:
-    """Wrap every linear layer of every block; returns their names in a block and (inputs, outputs)."""
-    modules: dict[str, tuple[int, int]] = {}
-    for number, layer in enumerate(layers):
-        for name, module in list(layer.named_modules()):
-            if isinstance(module, nn.Linear | Conv1D):
-                layer.set_submodule(name, AdaptedLinear(module, (number, name), switch))
-                modules[name] = in_and_out(module)
-    return modules
 
 
 def _digest(model: PreTrainedModel) -> str:

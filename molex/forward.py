@@ -14,6 +14,7 @@ from molex.adapter import Adapter
 from molex.attention import KVStreams
 from molex.backbone import Backbone
 from molex.kv_cache import KVCache
+from molex.layers import Layers
 from molex.lora import ActiveLora, BatchLora
 from molex.mixing import mix
 from molex.packing import Indices, Packed, ranges
@@ -107,7 +108,7 @@ class Forward:
             device=backbone.device,
         )
         self._lora = lora
-        self._arrangements: dict[tuple[bytes, ...], Arrangement] = {}
+        self._arrangements: dict[tuple[Layers, tuple[bytes, ...]], Arrangement] = {}
 
     def _needed_tokens(self, row: Row, lm_logits: str) -> range:
         """The tokens of a request whose last hidden states someone looks at."""
@@ -122,7 +123,7 @@ class Forward:
         """The input of depth 0: [n, d], and rows of padding behind."""
         backbone = self.backbone
         count = self.packed.num_tokens
-        tokens = self._tensor(_padded([count], [backbone.padded_rows(count)]))
+        tokens = self._tensor(_padded([count], [backbone.own.padded_rows(count)]))
         ids = self._tensor([token for row in self.rows for token in row.token_ids])
         positions = self._tensor(self.packed.positions)
         types = None
@@ -139,45 +140,62 @@ class Forward:
         Behind the rows of the tokens z and z' have rows of padding, as many as `Backbone.padded_rows` wants.
         The last depth returns only the rows of tokens whose result is needed, in their order.
         """
-        last = depth == len(self.backbone.layers) - 1
-        calls = [LayerCall(depth, self._everyone, np.zeros_like(self._everyone))]
-        calls += [LayerCall(*group) for group in plan.groups]
-        together = [calls] if self.backbone.layers_share_attention else [[call] for call in calls]
-        own, *routed = [output for some in together for output in self._run(depth, some, hidden, last=last)]
+        last = depth == len(self.backbone.own.blocks) - 1
+        outputs = [
+            output
+            for layers, calls in self._calls(depth, plan)
+            for output in self._run(depth, layers, calls, hidden.to(layers.dtype), last=last)
+        ]
         if plan.own is None:
-            return own
-        return mix(self._result if last else self.packed, plan, own, routed)
+            return outputs[0]
+        return mix(self._result if last else self.packed, plan, outputs[0], outputs[1:])
 
-    def _run(self, depth: int, calls: Sequence[LayerCall], hidden: Tensor, *, last: bool) -> list[Tensor]:
+    def _calls(self, depth: int, plan: RoutePlan) -> list[tuple[Layers, list[LayerCall]]]:
+        """The own layer and the routed ones, those side by side that can share attention."""
+        own, routed = self.backbone.own, self.backbone.routed
+        first = LayerCall(depth, self._everyone, np.zeros_like(self._everyone))
+        others = [LayerCall(*group) for group in plan.groups]
+        if not self.backbone.layers_share_attention:
+            return [(own, [first]), *((routed, [call]) for call in others)]
+        if own is routed:
+            return [(own, [first, *others])]
+        return [(own, [first]), *([(routed, others)] if others else [])]
+
+    def _run(
+        self, depth: int, layers: Layers, calls: Sequence[LayerCall], hidden: Tensor, *, last: bool
+    ) -> list[Tensor]:
         """The outputs of several layers, with one attention over all their rows."""
-        backbone, arranged = self.backbone, self._arranged(calls)
+        arranged = self._arranged(calls, layers)
         stage, inputs = arranged.stage, arranged.stage.read(hidden)
-        projected = [
-            backbone.project(call.layer, x, lora)[:count]
+        pieces = [
+            layers.project(call.layer, x, lora)[:count]
             for call, x, lora, count in zip(calls, inputs, stage.lora, stage.counts, strict=True)
         ]
-        heads = projected[0] if len(calls) == 1 else torch.cat(projected)
+        projected = pieces[0] if len(calls) == 1 else torch.cat(pieces)
         if last and self._result.num_tokens < self.packed.num_tokens:
             requests = np.concatenate([call.requests for call in calls])
             first = arranged.packed.offsets + self._first_needed[requests]
             needed = ranges(first, self._result.lengths[requests])
-            stage = self._stage(calls, self._result, arranged.tokens, needed)
+            stage = self._stage(calls, layers, self._result, arranged.tokens, needed)
             inputs = stage.read(hidden)
         kv = self._kv_streams(depth, calls)
-        attended = backbone.attend(calls[0].layer, heads, arranged.packed, arranged.rotary, kv, stage.rows)
-        pieces = attended.split(stage.sizes)
+        attended = self.backbone.attend(
+            calls[0].layer, projected, arranged.packed, arranged.rotary, kv, stage.rows
+        )
         return [
-            backbone.finish(call.layer, x, piece, lora)
-            for call, x, piece, lora in zip(calls, inputs, pieces, stage.lora, strict=True)
+            layers.finish(call.layer, x, piece, lora)
+            for call, x, piece, lora in zip(
+                calls, inputs, attended.split(stage.sizes), stage.lora, strict=True
+            )
         ]
 
-    def _arranged(self, calls: Sequence[LayerCall]) -> Arrangement:
-        key = tuple(call.requests.tobytes() for call in calls)
+    def _arranged(self, calls: Sequence[LayerCall], layers: Layers) -> Arrangement:
+        key = layers, tuple(call.requests.tobytes() for call in calls)
         if key not in self._arrangements:
-            self._arrangements[key] = self._arrange(calls)
+            self._arrangements[key] = self._arrange(calls, layers)
         return self._arrangements[key]
 
-    def _arrange(self, calls: Sequence[LayerCall]) -> Arrangement:
+    def _arrange(self, calls: Sequence[LayerCall], layers: Layers) -> Arrangement:
         requests = np.concatenate([call.requests for call in calls])
         tokens = self.packed.tokens(requests)
         packed = self.packed if np.array_equal(requests, self._everyone) else self.packed.subset(requests)
@@ -185,14 +203,20 @@ class Forward:
         if rotary is not None:
             at = self._tensor(tokens)
             rotary = rotary[0].index_select(0, at), rotary[1].index_select(0, at)
-        return Arrangement(
-            tokens, packed, rotary, self._stage(calls, self.packed, tokens, np.arange(len(tokens)))
-        )
+        stage = self._stage(calls, layers, self.packed, tokens, np.arange(len(tokens)))
+        return Arrangement(tokens, packed, rotary, stage)
 
-    def _stage(self, calls: Sequence[LayerCall], layout: Packed, tokens: Indices, among: Indices) -> Stage:
+    def _stage(
+        self,
+        calls: Sequence[LayerCall],
+        layers: Layers,
+        layout: Packed,
+        tokens: Indices,
+        among: Indices,
+    ) -> Stage:
         """Read the places `among` of the tokens side by side; `layout` says how many those are by request."""
         counts = [int(layout.lengths[call.requests].sum()) for call in calls]
-        sizes = [self.backbone.padded_rows(count) for count in counts]
+        sizes = [layers.padded_rows(count) for count in counts]
         rows = among[_padded(counts, sizes)]
         lora = [
             ActiveLora(self._lora, layout.segments(call.requests)) if self._lora.updates else None

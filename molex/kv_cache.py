@@ -45,8 +45,8 @@ class DepthCache:
 
     def write(self, streams: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [n, heads, head_dim] of n tokens at their streams [n] and positions [n]."""
-        self.keys[streams, :, positions] = keys
-        self.values[streams, :, positions] = values
+        self.keys[streams, :, positions] = keys.to(self.keys.dtype)
+        self.values[streams, :, positions] = values.to(self.values.dtype)
 
     def read(self, streams: Sequence[int], length: int) -> tuple[Tensor, Tensor]:
         """The first `length` keys and values of b streams, each [b, heads, length, head_dim]."""

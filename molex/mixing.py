@@ -11,8 +11,8 @@ from torch import Tensor
 from molex.packing import Indices, Packed
 from molex.routing import RoutePlan
 
-# The float32 sums of so many rows fit the cache of a core or two.
-ROWS_PER_STEP = 1024
+# The float32 sums of so many rows fit the cache of one core.
+ROWS_PER_STEP = 256
 
 
 def mix(layout: Packed, plan: RoutePlan, own: Tensor, routed: Sequence[Tensor]) -> Tensor:
@@ -26,7 +26,7 @@ def mix(layout: Packed, plan: RoutePlan, own: Tensor, routed: Sequence[Tensor]) 
     owners = layout.owners[tokens]
     own_weights = plan.own[_tensor(owners, own), None]
     # The last row is for requests without a visit: any other could hold a NaN of its own.
-    outputs = torch.cat([*routed, own.new_zeros(1, own.shape[1])]) if routed else own
+    outputs = torch.cat([*routed, routed[0].new_zeros(1, own.shape[1])]) if routed else own
     visits = list(_visits(layout, plan, routed, tokens, owners))
     mixed = []
     for first in range(0, len(own), ROWS_PER_STEP):
@@ -36,7 +36,7 @@ def mix(layout: Packed, plan: RoutePlan, own: Tensor, routed: Sequence[Tensor]) 
         for rows, weights in visits:
             # Gathered by token: adding at tokens would go row by row.
             output = outputs.index_select(0, rows[step])
-            total = total.addcmul(output.to(total.dtype), weights[step])
+            total.addcmul_(output.to(total.dtype), weights[step])
         mixed.append(total.to(own.dtype))
     return torch.cat(mixed)
 

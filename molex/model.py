@@ -71,12 +71,15 @@ class MolexModel:
         base: str | Path,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        routed_dtype: torch.dtype | None = None,
     ) -> MolexModel:
         """Load a BERT, RoBERTa, GPT-2, Llama, Mistral or Qwen2 model from a local folder or hub id.
 
-        Raises BaseModelError, which names the base and what is wrong with it.
+        `routed_dtype` is the precision of routed layers, by default `dtype`: what they return is multiplied
+        by 1 - alpha, and so is their rounding error. In a precision of their own they are a second copy of
+        the layers. Raises BaseModelError, which names the base and what is wrong with it.
         """
-        return cls(Backbone.from_pretrained(base, dtype, device))
+        return cls(Backbone.from_pretrained(base, dtype, device, routed_dtype))
 
     def prepack(self) -> None:
         """Lay the base's weights out for speed where the CPU gains from it; no training afterwards."""

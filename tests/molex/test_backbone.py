@@ -68,10 +68,10 @@ def test_the_digest_is_that_of_the_weights(base_folder, tmp_path):
 @torch.no_grad()
 def test_running_leaves_the_base_as_it_was(family, base_folder):
     model = MolexModel.from_pretrained(base_folder(family))
-    inside = list(model.backbone.layers)
+    inside = list(model.backbone.own.blocks)
     before = [
         {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-        for layer in model.backbone.layers
+        for layer in model.backbone.own.blocks
     ]
     bare = model.run([Row(random_ids(6, seed=2))]).logits[0]
     adapters = [
@@ -83,7 +83,7 @@ def test_running_leaves_the_base_as_it_was(family, base_folder):
         for name, tensor in layer.state_dict().items():
             assert torch.equal(tensor, kept[name]), name
     assert torch.equal(model.run([Row(random_ids(6, seed=2))]).logits[0], bare)
-    assert model.backbone.switch.active is None
+    assert model.backbone.own.switch.active is None
 
 
 @pytest.mark.parametrize("module", ["attention.self.key", "output.dense"])
@@ -94,10 +94,10 @@ def test_nothing_stays_switched_on_after_a_failure(module, base_folder, monkeypa
     def fail(*_args, **_options):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(model.backbone.layers[1].get_submodule(module), "forward", fail)
+    monkeypatch.setattr(model.backbone.own.blocks[1].get_submodule(module), "forward", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         model.run([Row([5], adapter)])
-    assert model.backbone.switch.active is None
+    assert model.backbone.own.switch.active is None
 
 
 def copy_of(folder, tmp_path, **changes):
