@@ -10,7 +10,9 @@ from typing import Any, Literal, Protocol
 
 import httpx
 
-DialectName = Literal["molex-classify", "openai-completions", "infinity-classify", "infinity-embeddings"]
+DialectName = Literal[
+    "molex-classify", "openai-completions", "openai-embeddings", "infinity-classify", "infinity-embeddings"
+]
 
 
 class BadAnswerError(Exception):
@@ -36,21 +38,25 @@ class Dialect(Protocol):
 
 
 @dataclass(frozen=True)
-class OneResult:
-    """A text in a list goes in, a list with one result, under `data`, comes out."""
+class Results:
+    """Texts in a list go in, a list with a result of each, under `data`, comes out."""
 
     path: str
     is_result: Callable[[Any], bool]
+    num_texts: int = 1
+    """How many lines of its text a request sends as texts of their own."""
 
     def body(self, model: str, text: str) -> dict[str, Any]:
-        return {"model": model, "input": [text]}
+        return {"model": model, "input": text.split("\n", self.num_texts - 1)}
 
     async def read(self, response: httpx.Response) -> list[float]:
         await response.aread()
         answer = _parse(response.content)
         results = answer.get("data") if isinstance(answer, dict) else None
-        if not isinstance(results, list) or len(results) != 1 or not self.is_result(results[0]):
-            raise BadAnswerError("the answer has not one result")
+        if not isinstance(results, list) or len(results) != self.num_texts:
+            raise BadAnswerError("the answer has not a result of each text")
+        if not all(map(self.is_result, results)):
+            raise BadAnswerError("the answer has something else than results")
         return []
 
 
@@ -96,16 +102,22 @@ def _text(event: Any) -> str:
         raise BadAnswerError("the event is no completion") from error
 
 
+def is_embedding(result: Any) -> bool:
+    return isinstance(result, dict) and "embedding" in result
+
+
 def make_dialect(name: DialectName, max_tokens: int | None) -> Dialect:
     """The dialect of a name. `max_tokens`: length of a completion; None for the others."""
     match name:
         case "molex-classify":
-            return OneResult("/v1/classify", lambda result: isinstance(result, dict) and "probs" in result)
+            return Results("/v1/classify", lambda result: isinstance(result, dict) and "probs" in result)
         case "infinity-classify":
             # A list of labels with their scores.
-            return OneResult("/classify", lambda result: isinstance(result, list) and bool(result))
+            return Results("/classify", lambda result: isinstance(result, list) and bool(result))
         case "infinity-embeddings":
-            return OneResult("/embeddings", lambda result: isinstance(result, dict) and "embedding" in result)
+            return Results("/embeddings", is_embedding)
+        case "openai-embeddings":
+            return Results("/v1/embeddings", is_embedding)
         case "openai-completions":
             assert max_tokens is not None
             return StreamedCompletion(max_tokens)

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from server.engine import Engine
-from server.routes import adapters, chat, classify, completions, errors, health, models
+from server.routes import adapters, chat, classify, completions, embeddings, errors, health, models
 from server.routes.middleware import BodyLimit, Observer
 
 
@@ -27,12 +27,12 @@ def create_app(engine: Engine) -> FastAPI:
     app = FastAPIOffline(
         title="MoLEx serve",
         version=version("molex-serve"),
-        description="Classification and generation with many MoLEx and LoRA adapters on one base.",
+        description="Classification, generation and embeddings: many MoLEx and LoRA adapters on one base.",
         lifespan=lifespan,
         redoc_url=None,
     )
     app.state.engine = engine
-    for module in (classify, completions, chat, models, adapters, health):
+    for module in (classify, embeddings, completions, chat, models, adapters, health):
         app.include_router(module.router)
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=engine.settings.max_body_bytes)

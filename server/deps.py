@@ -65,6 +65,18 @@ def classifier(engine: Engine, model: str) -> Target:
     return target
 
 
+def encoder(engine: Engine, model: str) -> Target:
+    """The target, which has to be a bare encoder."""
+    target = find_target(engine, model)
+    if target.adapter is not BARE:
+        message = f"{model!r} is an adapter; embeddings come from a bare encoder"
+        raise ServiceError(ErrorKind.WRONG_TASK, message, param="model")
+    if target.base.model.spec.generates:
+        message = f"{model!r} is a base for generation; embeddings come from a bare encoder"
+        raise ServiceError(ErrorKind.WRONG_TASK, message, param="model")
+    return target
+
+
 def generator(engine: Engine, model: str) -> Target:
     """The target, which has to generate."""
     target = find_target(engine, model)

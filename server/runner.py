@@ -1,4 +1,4 @@
-"""Runs one step of the sequences of one base: tokens to rows, rows through the model, logits to updates."""
+"""Runs one step of the sequences of one base: tokens to rows, rows through the model, results to updates."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from time import perf_counter
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from molex.model import MolexModel, RunStats
 from molex.row import Row
@@ -92,14 +93,16 @@ class ModelRunner:
             self._tokenization.decode, sequence.token_ids, sequence.sampling.stop
         )
 
-    def _advance(self, sequence: Sequence, logits: Tensor) -> Update:
+    def _advance(self, sequence: Sequence, output: Tensor) -> Update:
         """Take a sequence one step on. A fault in its own numbers ends it and leaves the others alone."""
         try:
-            if not bool(logits.isfinite().all()):
-                raise FloatingPointError(f"logits of adapter {sequence.adapter.digest} not finite")
-            if sequence.sampling is None:
-                return self._classify(sequence, logits)
-            return self._generate(sequence, logits)
+            if not bool(output.isfinite().all()):
+                raise FloatingPointError(f"output of {sequence.adapter.digest or 'the base'} not finite")
+            if sequence.sampling is not None:
+                return self._generate(sequence, output)
+            if sequence.adapter.head is not None:
+                return self._classify(sequence, output)
+            return self._embed(sequence, output)
         except Exception:
             log.exception("a sequence failed after the forward pass")
             return self._failure(sequence)
@@ -109,6 +112,12 @@ class ModelRunner:
         # One label is a yes/no score of its own; several are exclusive.
         probs = scores.sigmoid() if len(scores) == 1 else scores.softmax(-1)
         sequence.probs = probs.tolist()
+        self.release(sequence)
+        return Update(sequence, finish_reason="stop")
+
+    def _embed(self, sequence: Sequence, hidden: Tensor) -> Update:
+        """Mean of the last hidden states [tokens, d], scaled to length 1."""
+        sequence.embedding = functional.normalize(hidden.float().mean(0), dim=0).tolist()
         self.release(sequence)
         return Update(sequence, finish_reason="stop")
 

@@ -58,6 +58,21 @@ class ClassifyRequest(Body):
         return [self.input] if isinstance(self.input, str) else self.input
 
 
+class EmbeddingsRequest(Body):
+    """`POST /v1/embeddings`. Token ids are refused: a client's are not those of this server's tokenizers."""
+
+    model: ModelName
+    input: Text | Annotated[list[Text], Field(min_length=1)]
+    encoding_format: Literal["float", "base64"] = "float"
+    user: Text | None = None
+
+    dimensions: None = None
+
+    @property
+    def inputs(self) -> list[str]:
+        return [self.input] if isinstance(self.input, str) else self.input
+
+
 class StreamOptions(Body):
     include_usage: bool = False
 

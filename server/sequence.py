@@ -68,7 +68,7 @@ class Timings:
 
 @dataclass(eq=False)
 class Sequence:
-    """A prompt on its way through the engine. A classification is one that ends after its prompt.
+    """A prompt on its way through the engine. Classifications and embeddings end after it.
 
     The adapter is captured at admission: a sequence finishes on the weights it started with.
     """
@@ -92,6 +92,7 @@ class Sequence:
     route: Route | None = None
     output_ids: list[int] = field(default_factory=list)
     probs: list[float] = field(default_factory=list)
+    embedding: list[float] = field(default_factory=list)
     text_stream: TextStream | None = None
     generator: torch.Generator | None = None
 

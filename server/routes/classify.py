@@ -10,10 +10,10 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from molex.routing import flat_route
-from server.deps import EngineDep, Target, check_count, classifier, unless_disconnected
-from server.routes.timing import Stopwatch
+from server.deps import EngineDep, Target, classifier
+from server.routes.prompts import PromptUsage, run_prompts
 from server.schemas import ClassifyRequest
-from server.sequence import Sequence, Timings
+from server.sequence import Sequence
 
 router = APIRouter(tags=["classification"])
 
@@ -28,11 +28,6 @@ class Classification(BaseModel):
     routes: list[int | tuple[int, ...]] | None = None
 
 
-class ClassifyUsage(BaseModel):
-    prompt_tokens: int
-    total_tokens: int
-
-
 class ClassifyResponse(BaseModel):
     """vLLM's answer, with the digest of the adapter that gave it."""
 
@@ -41,7 +36,7 @@ class ClassifyResponse(BaseModel):
     created: int
     model: str
     data: list[Classification]
-    usage: ClassifyUsage
+    usage: PromptUsage
     adapter_digest: str
 
 
@@ -50,39 +45,18 @@ async def classify(
     body: ClassifyRequest, request: Request, response: Response, engine: EngineDep
 ) -> ClassifyResponse:
     """Classify one or more texts with an adapter."""
-    watch = Stopwatch()
-    check_count(engine, len(body.inputs), "input")
     target = classifier(engine, body.model)
-    prompts = await engine.in_pool(target.base.tokenization.encode, body.inputs, "input")
-    watch.tokenization_done()
-    sequences = [
-        Sequence(
-            base=target.base.name,
-            adapter=target.adapter,
-            token_ids=prompt.token_ids,
-            token_type_ids=prompt.token_type_ids,
-            index=index,
-            timings=Timings(watch.created),
-        )
-        for index, prompt in enumerate(prompts)
-    ]
-    submission = engine.submit(sequences)
-    try:
-        await unless_disconnected(request, submission.finished())
-    finally:
-        submission.cancel()
-    response.headers.update(target.headers | watch.record(request, engine, sequences))
+    sequences = await run_prompts(engine, target, body.inputs, request, response)
     return _answer(target, sequences, return_routes=body.return_routes)
 
 
 def _answer(target: Target, sequences: list[Sequence], *, return_routes: bool) -> ClassifyResponse:
-    tokens = sum(len(sequence.token_ids) for sequence in sequences)
     return ClassifyResponse(
         id=f"classify-{uuid4().hex}",
         created=int(time.time()),
         model=target.name,
         data=[_classification(sequence, return_routes=return_routes) for sequence in sequences],
-        usage=ClassifyUsage(prompt_tokens=tokens, total_tokens=tokens),
+        usage=PromptUsage.of(sequences),
         adapter_digest=target.adapter.digest,
     )
 

@@ -18,10 +18,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 PIECES = ("a", " b", " c")
+EMBEDDING = {"object": "embedding", "index": 0, "embedding": [0.5, 0.5]}
 ANSWERS: dict[str, Any] = {
     "/v1/classify": {"index": 0, "label": "good", "probs": [0.25, 0.75], "num_classes": 2},
     "/classify": [{"label": "good", "score": 0.75}],
-    "/embeddings": {"object": "embedding", "index": 0, "embedding": [0.5, 0.5]},
+    "/embeddings": EMBEDDING,
+    "/v1/embeddings": EMBEDDING,
 }
 """What the dialects have for one text."""
 
@@ -55,7 +57,7 @@ class Stub:
                 pass
         if model == "crowd":
             await self._wait_for_crowd()
-        response = await self._respond(request.url.path, model)
+        response = await self._respond(request.url.path, model, len(body.get("input", [])))
         self.seconds.append(time.perf_counter() - begin)
         return response
 
@@ -64,7 +66,7 @@ class Stub:
             self._crowded.set()
         await self._crowded.wait()
 
-    async def _respond(self, path: str, model: str) -> Response:
+    async def _respond(self, path: str, model: str, num_texts: int) -> Response:
         if model.isdigit():
             return JSONResponse({"error": "as told"}, status_code=int(model))
         if model == "garbage":
@@ -75,7 +77,7 @@ class Stub:
         if path == "/v1/completions":
             return StreamingResponse(_stream(model), media_type="text/event-stream")
         await asyncio.sleep(_delay(model))
-        return JSONResponse({"data": [] if model == "empty" else [ANSWERS[path]]})
+        return JSONResponse({"data": [] if model == "empty" else [ANSWERS[path]] * num_texts})
 
 
 async def _stream(model: str) -> AsyncIterator[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from loadtests.client import Client, Outcome, connection_pool
-from loadtests.dialects import make_dialect
+from loadtests.dialects import Results, is_embedding, make_dialect
 from loadtests.experiment import Block
 from loadtests.latency import latencies, percentiles
 from loadtests.loops import closed_loop, open_loop
@@ -29,7 +29,8 @@ def run(url, loop, dialect="molex-classify", timeout=60.0):
     async def session():
         async with connection_pool(url) as http:
             max_tokens = 3 if dialect == "openai-completions" else None
-            return await loop(Client(http, make_dialect(dialect, max_tokens), timeout))
+            spoken = make_dialect(dialect, max_tokens) if isinstance(dialect, str) else dialect
+            return await loop(Client(http, spoken, timeout))
 
     return asyncio.run(session())
 
@@ -101,6 +102,7 @@ def test_a_redirect_is_not_followed(url):
         ("molex-classify", {"input": [TEXT]}),
         ("infinity-classify", {"input": [TEXT]}),
         ("infinity-embeddings", {"input": [TEXT]}),
+        ("openai-embeddings", {"input": [TEXT]}),
         ("openai-completions", {"prompt": TEXT, "stream": True, "max_tokens": 3, "temperature": 0}),
     ],
 )
@@ -115,6 +117,21 @@ def test_dialects(dialect, body, stub, url):
         Outcome.BAD_ANSWER,
     ]
     assert body | {"model": "0ms"} in stub.bodies
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "outcome"),
+    [
+        ("/v1/embeddings", "0ms", Outcome.OK),
+        ("/v1/embeddings", "empty", Outcome.BAD_ANSWER),
+        ("/v1/classify", "0ms", Outcome.BAD_ANSWER),
+    ],
+)
+def test_lines_can_be_texts_of_their_own(path, model, outcome, stub, url):
+    planned = [Planned(0.0, model, "one\ntwo\nthree")]
+    (result,) = send_all(url, planned, dialect=Results(path, is_embedding, num_texts=3))
+    assert stub.bodies == [{"model": model, "input": ["one", "two", "three"]}]
+    assert result.outcome is outcome
 
 
 def test_a_stream_is_timed_by_its_pieces(url):

@@ -41,6 +41,9 @@ class Live:
     def classify(self, **body: Any) -> httpx.Response:
         return self.post("/v1/classify", body)
 
+    def embed(self, **body: Any) -> httpx.Response:
+        return self.post("/v1/embeddings", body)
+
     def complete(self, **body: Any) -> httpx.Response:
         return self.post("/v1/completions", body)
 
