@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import resource
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from loadtests.config import read_config
+from loadtests.config import Config, read_config
 from loadtests.errors import ConfigError, LoadTestError
-from loadtests.experiment import run_experiment
-from loadtests.machine import machine
-from loadtests.ratios import compare_arms
-from loadtests.report import Report, write_report
-from loadtests.summary import summarise
+from loadtests.measure import measure
+from loadtests.report import write_report
 from loadtests.texts import read_texts
 
 app = typer.Typer(
@@ -44,7 +39,8 @@ def run(
     """Run an experiment and report on it."""
     _allow_open_files()
     try:
-        report = measure(config, allow_remote=allow_remote)
+        experiment = read_config(config, allow_remote=allow_remote)
+        report = measure(experiment, _texts(config, experiment), config.stem, print)
     except LoadTestError as error:
         typer.echo(str(error), err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
@@ -58,21 +54,9 @@ def _allow_open_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def measure(path: Path, *, allow_remote: bool) -> Report:
-    """Run the experiment of a file, printing each step. Raises LoadTestError."""
-    config = read_config(path, allow_remote=allow_remote)
+def _texts(path: Path, config: Config) -> list[str]:
+    """The texts that the configuration in a file names. Raises ConfigError."""
     try:
-        texts = read_texts(path.parent / config.texts)
+        return read_texts(path.parent / config.texts)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: texts: {error}") from None
-    started, facts = datetime.now(UTC).isoformat(timespec="seconds"), machine()
-    measured = asyncio.run(run_experiment(config, texts, print))
-    return Report(
-        title=path.stem,
-        started=started,
-        machine=facts,
-        config=config,
-        summaries=summarise(measured),
-        ratios=compare_arms(measured, config.seed),
-        run=measured,
-    )
