@@ -2,24 +2,35 @@
 
     python -m benchmarks.bench_kernels [--rounds 15]
 
-Linear layers with plain and with prepacked weights; low-rank updates of many adapters as one gated
-product and as one product for each; attention request by request, padded to the longest, and in the groups
-of like length that the engine makes, in float32 and bfloat16.
+Linear layers with plain and with prepacked weights; low-rank updates of many adapters with a product for
+each, with one for all, and in the engine's blocks; attention request by request, padded to the longest, and
+in the groups of like length that the engine makes, in float32 and bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.common import Contestant, machine, measure, report, sentences
+from benchmarks.common import Contestant, measure, report, sentences
+from benchmarks.facts import facts
 from molex.attention import packed_attention
-from molex.lora import LowRank, low_rank_gated, low_rank_segments
+from molex.lora import (
+    OPERATIONS_PER_CALL,
+    BatchLora,
+    LoraWeights,
+    LowRank,
+    cut_into_blocks,
+    low_rank_blocks,
+)
 from molex.packing import Packed
 from molex.prepack import PrepackedLinear
+
+SITE = (0, "query")
 
 
 def ratios_to(first: str, medians: dict[str, float]) -> dict[str, float]:
@@ -37,19 +48,21 @@ def linear(rounds: int, rows: int, dtype: torch.dtype) -> None:
 
 def low_rank(rounds: int, adapters: int, rows_each: int) -> None:
     size, rank = 768, 8
-    updates = [LowRank(torch.randn(rank, size), torch.randn(size, rank), 2.0) for _ in range(adapters)]
+    adapters_of = [
+        LoraWeights({SITE: LowRank(torch.randn(rank, size), torch.randn(size, rank), 2.0)})
+        for _ in range(adapters)
+    ]
     x, y = torch.randn(adapters * rows_each, size), torch.zeros(adapters * rows_each, size)
-    segments = [(update, n * rows_each, (n + 1) * rows_each) for n, update in enumerate(updates)]
-    a, b = torch.cat([u.a for u in updates]), torch.cat([u.b.T for u in updates])
-    owners = torch.arange(adapters).repeat_interleave(rows_each)[:, None]
-    gates = 2.0 * (owners == torch.arange(adapters).repeat_interleave(rank))
+    runs = [(n, n * rows_each, (n + 1) * rows_each) for n in range(adapters)]
+    stack = BatchLora(adapters_of).stack(SITE)
+    costs = {"a product each": 0, "one product": 10**12, "the engine's blocks": OPERATIONS_PER_CALL}
     contestants: dict[str, Contestant] = {
-        "gated": lambda: low_rank_gated(y, x, a, b, gates),
-        "segments": lambda: low_rank_segments(y, x, segments),
+        name: partial(low_rank_blocks, y, x, stack, cut_into_blocks(runs, stack, cost))
+        for name, cost in costs.items()
     }
     medians = measure(contestants, rounds)
     title = f"low rank: {adapters} adapters of rank {rank}, {rows_each} rows each"
-    report(title, medians, ratios_to("gated", medians))
+    report(title, medians, ratios_to("a product each", medians))
 
 
 def attention(rounds: int, dtype: torch.dtype) -> None:
@@ -83,13 +96,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
-    print(machine())
+    print(facts())
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
             for rows in (16, 128, 1024):
                 linear(rounds, rows, dtype)
             attention(rounds, dtype)
-        for adapters, rows_each in ((8, 1), (32, 1), (8, 20), (32, 40)):
+        for adapters, rows_each in ((8, 1), (32, 1), (8, 20), (32, 20), (32, 90)):
             low_rank(rounds, adapters, rows_each)
 
 

@@ -1,13 +1,14 @@
 """Low-rank updates of many adapters in one batch.
 
-One operation, three ways to compute it. For packed rows x [n, in], base output y [n, out] and adapters
-a with factors A_a [r_a, in], B_a [out, r_a] and scaling s_a:
+For packed rows x [n, in], base output y [n, out] and adapters a with factors A_a [r_a, in], B_a [out, r_a]
+and scaling s_a:
 
     y[i] += s_a · B_a · A_a · x[i]        for each row i of adapter a
 
-`low_rank_reference` is that sentence. `low_rank_gated` does all adapters in one product,
-y += ((x A_catᵀ) ⊙ G) B_cat, where G [n, R] is s_a for the ranks of the row's own adapter and 0 elsewhere.
-`low_rank_segments` does one small product an adapter. The first costs width, the second costs calls.
+`low_rank_reference` is that sentence. `low_rank_blocks` updates neighbouring rows of several adapters in one
+product, y += ((x A_catᵀ) ⊙ G) B_cat, where G [rows, ranks] is s_a for the ranks of the row's own adapter and
+0 elsewhere. Wide blocks spend operations on zeros, narrow ones spend calls: `cut_into_blocks` weighs the two.
+`low_rank_segments` does one product an adapter, for gradients.
 
 Factors, and with them the product, are kept in at least float32: next to bfloat16 base weights that costs
 little (on the CPU that we measured, products this small were slower in bfloat16) and rounds the update once.
@@ -15,11 +16,13 @@ little (on the CPU that we measured, products this small were slower in bfloat16
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,15 +40,6 @@ class LowRank:
     a: Tensor
     b: Tensor
     scaling: float
-
-    # Views, kept: a batch takes thousands of them. Not for where gradients are taken.
-    @cached_property
-    def a_transposed(self) -> Tensor:
-        return self.a.detach().T
-
-    @cached_property
-    def b_transposed(self) -> Tensor:
-        return self.b.detach().T
 
 
 @dataclass(frozen=True)
@@ -70,22 +64,10 @@ def low_rank_reference(y: Tensor, x: Tensor, segments: Sequence[Segment]) -> Ten
 
 
 def low_rank_segments(y: Tensor, x: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """One product for each adapter's rows. Adds to y [n, out] in place where no gradient is taken.
+    """One product for each adapter's rows → a new [n, out], differentiable in y, x and the factors.
 
     x is in the precision of the factors; y may be in a lower one.
     """
-    if torch.is_grad_enabled():
-        return y + _segment_products(y, x, segments).to(y.dtype)
-    # A sum in a lower precision would take a pass over y for each product, and round it as often.
-    wide = y.to(x.dtype)
-    for update, start, stop in segments:
-        narrow = x[start:stop].mm(update.a_transposed)
-        wide[start:stop].addmm_(narrow, update.b_transposed, alpha=update.scaling)
-    return y if wide is y else y.copy_(wide)
-
-
-def _segment_products(y: Tensor, x: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """The update of every row [n, out], zero between the segments; differentiable in x and the factors."""
     pieces: list[Tensor] = []
     end = 0
     for update, start, stop in segments:
@@ -93,27 +75,104 @@ def _segment_products(y: Tensor, x: Tensor, segments: Sequence[Segment]) -> Tens
         pieces.append(x[start:stop] @ update.a.T @ update.b.T * update.scaling)
         end = stop
     pieces.append(x.new_zeros(len(y) - end, y.shape[1]))
-    return torch.cat(pieces)
-
-
-def low_rank_gated(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gates: Tensor) -> Tensor:
-    """All adapters at once: a [R, in] and b [R, out] side by side, gates [n, R] their scalings."""
-    narrow = (x @ a.T) * gates
-    return torch.addmm(y, narrow, b) if y.dtype == x.dtype else y + (narrow @ b).to(y.dtype)
+    return y + torch.cat(pieces).to(y.dtype)
 
 
 @dataclass(frozen=True)
-class _Stack:
-    """All factors of a site side by side: a [R, in], b [R, out], scalings [R].
+class Block:
+    """Rows start..stop, which one product updates.
 
-    `layout` lists (member, rank) in order, `owners` [R] is the member of each rank.
+    `ranks` are the places of their adapters' ranks in a stack; `gates` [stop - start, ranks] is G.
+    """
+
+    start: int
+    stop: int
+    ranks: slice | Tensor
+    gates: Tensor
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The factors of several adapters at a site side by side: a [R, in], b [R, out].
+
+    `layout` lists the adapters by their index as in `Packed.members`, in order, with rank and scaling.
     """
 
     a: Tensor
     b: Tensor
-    scalings: Tensor
-    owners: Tensor
-    layout: tuple[tuple[int, int], ...]
+    layout: tuple[tuple[int, int, float], ...]
+
+    @cached_property
+    def places(self) -> dict[int, range]:
+        """Where the ranks of each adapter are."""
+        ends = list(accumulate(rank for _, rank, _ in self.layout))
+        return {
+            member: range(end - rank, end) for (member, rank, _), end in zip(self.layout, ends, strict=True)
+        }
+
+    @cached_property
+    def scalings(self) -> dict[int, float]:
+        return {member: scaling for member, _, scaling in self.layout}
+
+    @property
+    def width(self) -> int:
+        """Inputs and outputs."""
+        return self.a.shape[1] + self.b.shape[1]
+
+
+def low_rank_blocks(y: Tensor, x: Tensor, stack: Stack, blocks: Sequence[Block]) -> Tensor:
+    """One product for each block. Adds to y [n, out] in place; takes no gradients.
+
+    x is in the precision of the factors; y may be in a lower one.
+    """
+    # A sum in a lower precision would take a pass over y for each product, and round it as often.
+    wide = y.to(x.dtype)
+    for block in blocks:
+        rows = slice(block.start, block.stop)
+        narrow = x[rows].mm(stack.a[block.ranks].T).mul_(block.gates)
+        wide[rows].addmm_(narrow, stack.b[block.ranks])
+    return y if wide is y else y.copy_(wide)
+
+
+# What a product costs beside its operations, in floating-point operations that take as long: some ten
+# microseconds of calls. See benchmarks/bench_kernels.py.
+OPERATIONS_PER_CALL = 5_000_000
+
+Run = tuple[int, int, int]
+"""Rows of one adapter: its index as in `Packed.members`, the first row, the end."""
+
+
+def cut_into_blocks(runs: Sequence[Run], stack: Stack, call_cost: int) -> list[Block]:
+    """Neighbouring runs share a block where that spends less than `call_cost` operations more."""
+    cut: list[list[Run]] = []
+    for run in runs:
+        if cut and _operations([*cut[-1], run], stack) <= call_cost + sum(
+            _operations(apart, stack) for apart in (cut[-1], [run])
+        ):
+            cut[-1].append(run)
+        else:
+            cut.append([run])
+    return [_block(together, stack) for together in cut]
+
+
+def _operations(runs: Sequence[Run], stack: Stack) -> int:
+    """Of one block, in floating point."""
+    ranks = sum(len(stack.places[member]) for member, _, _ in runs)
+    return 2 * (runs[-1][2] - runs[0][1]) * ranks * stack.width
+
+
+def _block(runs: Sequence[Run], stack: Stack) -> Block:
+    first, end = runs[0][1], runs[-1][2]
+    places = [stack.places[member] for member, _, _ in runs]
+    gates = np.zeros((end - first, sum(map(len, places))))
+    column = 0
+    for (member, start, stop), place in zip(runs, places, strict=True):
+        gates[start - first : stop - first, column : column + len(place)] = stack.scalings[member]
+        column += len(place)
+    ranks: slice | Tensor = slice(places[0].start, places[-1].stop)
+    if gates.shape[1] != places[-1].stop - places[0].start:
+        ranks = torch.tensor([rank for place in places for rank in place], device=stack.a.device)
+    return Block(first, end, ranks, torch.from_numpy(gates).to(stack.a))
 
 
 class BatchLora:
@@ -125,40 +184,30 @@ class BatchLora:
         for member, adapter in enumerate(adapters):
             for site, update in adapter.updates.items():
                 self.updates.setdefault(site, {})[member] = update
-        self.ranks = {site: sum(u.a.shape[0] for u in by.values()) for site, by in self.updates.items()}
-        self._stacks: dict[Site, _Stack] = {}
+        self._stacks: dict[Site, Stack] = {}
 
-    def stack(self, site: Site) -> _Stack:
+    def stack(self, site: Site) -> Stack:
         """The factors of every adapter at a site side by side, built once."""
         if site not in self._stacks:
-            self._stacks[site] = self._build(self.updates[site])
+            updates = self.updates[site]
+            self._stacks[site] = Stack(
+                torch.cat([update.a for update in updates.values()]),
+                torch.cat([update.b.T for update in updates.values()]),
+                tuple((member, len(update.a), update.scaling) for member, update in updates.items()),
+            )
         return self._stacks[site]
-
-    def _build(self, updates: Mapping[int, LowRank]) -> _Stack:
-        layout = tuple((member, update.a.shape[0]) for member, update in updates.items())
-        a = torch.cat([update.a for update in updates.values()])
-        b = torch.cat([update.b.T for update in updates.values()])
-        ranks = torch.tensor([rank for _, rank in layout])
-        owners = torch.tensor([member for member, _ in layout]).repeat_interleave(ranks)
-        scalings = torch.tensor([u.scaling for u in updates.values()]).repeat_interleave(ranks)
-        return _Stack(a, b, scalings.to(a), owners.to(a.device), layout)
-
-
-# Where the wide product stops being cheaper than a call for each adapter: floating-point operations that
-# fit in the overhead of one small call. See benchmarks/bench_kernels.py.
-OPERATIONS_PER_CALL = 2_000_000
 
 
 class ActiveLora:
     """The low-rank updates for the rows that a layer is running on.
 
-    `segments` lists the runs of rows of one adapter, from the first row on: (member, first row, end).
+    `runs` lists the rows of each adapter, in order.
     """
 
-    def __init__(self, batch: BatchLora, segments: Sequence[tuple[int, int, int]]) -> None:
+    def __init__(self, batch: BatchLora, runs: Sequence[Run]) -> None:
         self.batch = batch
-        self.segments = segments
-        self._gates: dict[tuple[tuple[int, int], ...], Tensor] = {}
+        self.runs = runs
+        self._blocks: dict[Hashable, list[Block]] = {}
         self._input: tuple[Tensor, Tensor] | None = None
 
     def add(self, y: Tensor, x: Tensor, site: Site) -> Tensor:
@@ -166,16 +215,22 @@ class ActiveLora:
         updates = self.batch.updates.get(site)
         if updates is None:
             return y
-        segments = [(updates[m], start, stop) for m, start, stop in self.segments if m in updates]
-        if not segments:
+        runs = [run for run in self.runs if run[0] in updates]
+        if not runs:
             return y
-        x = self._widened(x, segments[0][0].a.dtype)
+        x = self._widened(x, updates[runs[0][0]].a.dtype)
         if torch.is_grad_enabled():
             x = functional.dropout(x, self._dropout(), training=True)
-        elif len(segments) > 1 and self._gated_is_cheaper(y, x, site, len(segments)):
-            stack = self.batch.stack(site)
-            return low_rank_gated(y, x, stack.a, stack.b, self._gate(stack, len(y)))
-        return low_rank_segments(y, x, segments)
+            return low_rank_segments(y, x, [(updates[member], start, stop) for member, start, stop in runs])
+        stack = self.batch.stack(site)
+        return low_rank_blocks(y, x, stack, self._cut(runs, stack))
+
+    def _cut(self, runs: Sequence[Run], stack: Stack) -> list[Block]:
+        """The same blocks at all sites where the adapters have the same ranks."""
+        key = stack.layout, stack.width
+        if key not in self._blocks:
+            self._blocks[key] = cut_into_blocks(runs, stack, OPERATIONS_PER_CALL)
+        return self._blocks[key]
 
     def _widened(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x in the precision of the factors; queries, keys and values of a block share one conversion."""
@@ -191,19 +246,6 @@ class ActiveLora:
 
     def _dropout(self) -> float:
         return max(adapter.dropout for adapter in self.batch.adapters)
-
-    def _gated_is_cheaper(self, y: Tensor, x: Tensor, site: Site, calls: int) -> bool:
-        operations = 2 * len(x) * self.batch.ranks[site] * (x.shape[1] + y.shape[1])
-        return operations < calls * OPERATIONS_PER_CALL
-
-    def _gate(self, stack: _Stack, rows: int) -> Tensor:
-        """G [n, R]: the scaling where a rank belongs to the row's adapter, else 0; kept by layout."""
-        if stack.layout not in self._gates:
-            owned = torch.tensor([(m, stop - start) for m, start, stop in self.segments])
-            members = owned[:, 0].repeat_interleave(owned[:, 1]).to(stack.owners.device)
-            gates = (members[:, None] == stack.owners) * stack.scalings
-            self._gates[stack.layout] = functional.pad(gates, (0, 0, 0, rows - len(gates)))
-        return self._gates[stack.layout]
 
 
 class LoraSwitch:
