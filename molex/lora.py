@@ -136,7 +136,7 @@ def low_rank_blocks(y: Tensor, x: Tensor, stack: Stack, blocks: Sequence[Block])
 
 # What a product costs beside its operations, in floating-point operations that take as long: some ten
 # microseconds of calls. See benchmarks/bench_kernels.py.
-OPERATIONS_PER_CALL = 5_000_000
+OPERATIONS_PER_CALL = 2_000_000
 
 Run = tuple[int, int, int]
 """Rows of one adapter: its index as in `Packed.members`, the first row, the end."""

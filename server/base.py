@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-import torch
-
 from molex.model import MolexModel
+from server.precision import choose_precision
 from server.runner import ModelRunner
 from server.settings import Settings
 from server.tokenization import Tokenization
@@ -30,7 +29,8 @@ def load_base(name: str, source: str, settings: Settings) -> Base:
 
     Raises BaseModelError where it cannot be served.
     """
-    model = MolexModel.from_pretrained(source, dtype=getattr(torch, settings.dtype))
+    precision = choose_precision(settings)
+    model = MolexModel.from_pretrained(source, precision.own, routed_dtype=precision.routed)
     model.prepack()
     tokenization = Tokenization.from_pretrained(source, model.spec, max_length=settings.max_length)
     runner = ModelRunner(model, tokenization, max_sequences=settings.max_sequences)

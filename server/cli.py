@@ -26,6 +26,7 @@ from server import logs
 from server.app import create_app
 from server.banner import banner
 from server.engine import Engine
+from server.precision import choose_precision
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def run_server(settings: Settings) -> None:
     keep_freed_memory()
     keep_compiled_kernels()
     names = ", ".join(settings.bases)
-    Console(stderr=True).print(f"Loading {names} in {settings.dtype} …", highlight=False)
+    Console(stderr=True).print(f"Loading {names} in {choose_precision(settings)} …", highlight=False)
     engine = Engine.load(settings)
     refused = engine.adapters.load_folder(settings.adapters) if settings.adapters else {}
     # uvicorn has shut down in order by then and only passes Ctrl-C on.

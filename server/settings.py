@@ -33,8 +33,13 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    dtype: Literal["float32", "bfloat16", "float64"] = Field(
-        "float32", description="Precision of the base models."
+    precision: Literal["auto", "fp32", "bf16", "fp64", "mixed"] = Field(
+        "fp32",
+        description="Precision of the base models. mixed: fp32 with routed layers in bf16; "
+        "auto: bf16 where the CPU has instructions for it, else fp32.",
+    )
+    routed_precision: Literal["fp32", "bf16", "fp64"] | None = Field(
+        None, description="Precision of routed layers alone. Default: that of the others."
     )
     max_batch_tokens: int = Field(2048, ge=1, le=1_048_576, description="Token budget of one forward pass.")
     max_sequences: int = Field(16, ge=1, le=1024, description="Generations that run at a time, per base.")
@@ -79,6 +84,8 @@ class Settings(BaseSettings):
             raise ValueError("max_inputs must not exceed max_queue")
         if self.max_sequences > self.max_batch_tokens:
             raise ValueError("max_sequences must not exceed max_batch_tokens")
+        if self.precision == "mixed" and self.routed_precision not in (None, "bf16"):
+            raise ValueError("precision mixed has its routed layers in bf16: leave routed_precision out")
         return self
 
     @property

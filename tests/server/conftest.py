@@ -139,7 +139,7 @@ def settings(bases, adapters_folder) -> Settings:
         bases={name: str(folder) for name, folder in bases.items()},
         adapters=adapters_folder,
         port=0,
-        dtype="float64",
+        precision="fp64",
         max_sequences=4,
         max_queue=64,
         max_inputs=32,

@@ -89,7 +89,7 @@ def test_every_setting_is_an_option():
         ([], 2, "at least one base is needed"),
         (["--base", "x=/no/such/folder"], 1, "/no/such/folder"),
         (["--base", "a=/x", "--port", "99999"], 2, "port"),
-        (["--base", "a=/x", "--dtype", "int3"], 2, "int3"),
+        (["--base", "a=/x", "--precision", "int3"], 2, "int3"),
         (["--colour", "red"], 2, "--colour"),
     ],
 )

@@ -45,7 +45,7 @@ def test_callers_may_load_from_the_adapters_folder_unless_told_otherwise():
         ({"bases": ["a=/x", "a=/y"]}, "two bases are named 'a'"),
         ({"bases": ["a b=/x"]}, "no name for a base"),
         ({"bases": ["a="]}, "has no folder"),
-        ({"bases": ["a=/x"], "dtype": "float16"}, "dtype"),
+        ({"bases": ["a=/x"], "precision": "float16"}, "precision"),
         ({"bases": ["a=/x"], "max_queue": 10}, "max_inputs must not exceed max_queue"),
         ({"bases": ["a=/x"], "max_batch_tokens": 8}, "max_sequences must not exceed max_batch_tokens"),
         ({"bases": ["a=/x"], "colour": "red"}, "colour"),
