@@ -16,8 +16,11 @@ SOURCES := $(wildcard molex server scripts examples benchmarks loadtests)
 # Threads of torch and of the tests would otherwise fight over the same cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
+# Where `make bench` leaves its figures.
+SHORT := runs/bench
+
 .DEFAULT_GOAL := help
-.PHONY: help install models serve demo lint deploy-lint format test bench loadtest clean
+.PHONY: help install models peers serve demo lint deploy-lint format test bench bench-full loadtest clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +41,9 @@ $(READY): pyproject.toml constraints.txt
 
 models: $(READY) ## Prepare the demo bases in .models
 	@$(BIN)/python -m scripts.prepare_bases
+
+peers: $(READY) ## Install what the benchmarks compare with into .peers (compiles for 10 minutes)
+	@$(BIN)/python -m scripts.install_peers
 
 serve: models ## Serve the demo bases and the example adapters on 127.0.0.1:8000
 	@$(BIN)/molex serve --host $(HOST) --port $(PORT) \
@@ -65,9 +71,23 @@ format: $(READY) ## Rewrite the sources in the project's style
 test: models ## Run the tests
 	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
 
-bench: models ## Run every benchmark and print its figures
-	@for script in $(notdir $(basename $(wildcard benchmarks/bench_*.py))); do \
-		echo "==> benchmarks.$$script"; $(BIN)/python -m benchmarks.$$script || exit 1; done
+bench: models ## Measure what needs no peer, in a few minutes; writes runs/bench/figures.md
+	$(BIN)/python -m benchmarks.bench_lora_classification --rounds 3 --requests 64 --adapters 32 --output $(SHORT)
+	$(BIN)/python -m benchmarks.bench_molex --rounds 3 --requests 128 --adapters 32 --output $(SHORT)
+	$(BIN)/python -m benchmarks.bench_published --rounds 3 --requests 32 --output $(SHORT)
+	$(BIN)/python -m benchmarks.bench_many_adapters --rounds 3 --batches 4 --output $(SHORT)
+	$(BIN)/python -m benchmarks.bench_adapter_load --rounds 2 --block-seconds 5 --output $(SHORT)
+	$(BIN)/python -m benchmarks.bench_matrix_rate --rounds 3 --output $(SHORT)
+	$(BIN)/python -m benchmarks.bench_http_overhead --rounds 4 --output $(SHORT)
+	@$(BIN)/python -m benchmarks.table $(SHORT)
+
+# bench_kernels compares ways that the engine chooses between: it prints, and has no figure.
+bench-full: models peers ## Measure everything, peers included; writes runs/bench-full/figures.md
+	$(BIN)/python -m benchmarks.bench_kernels
+	@for script in $(filter-out bench_kernels,$(notdir $(basename $(wildcard benchmarks/bench_*.py)))); do \
+		echo "==> benchmarks.$$script"; \
+		$(BIN)/python -m benchmarks.$$script --output runs/bench-full || exit 1; done
+	@$(BIN)/python -m benchmarks.table runs/bench-full
 
 loadtest: $(READY) ## Put load on a running `make serve`; writes runs/load/report.html
 	@$(BIN)/python -m loadtests run --config loadtests/demo_encoder.toml --output runs/load

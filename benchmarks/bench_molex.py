@@ -6,36 +6,45 @@ An exact MoLEx forward runs up to two layers at each depth. Every depth is mixed
 the requests of a batch spread over all layers: the worst case for grouping. The demo encoder runs trained
 gates as well: its tenants are copies of the example adapters, half of SST-2 and half of TREC, and their texts
 come from the test files of both in ../shared/data. The LoRA arm has the same low-rank updates and no gates.
+
+The figure is MoLEx over LoRA with 32 adapters, in the precision that MoLEx is fastest in.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from benchmarks.common import (
     DEMO_ENCODER,
     DTYPES,
+    PROJECT,
     Contestant,
     OwnEngine,
     Setting,
     compare_all,
+    fastest,
     measure,
+    milliseconds,
+    mixing_everywhere,
     random_adapter,
     report,
     sentences,
     zipf,
 )
+from benchmarks.figures import Figure
 from molex import Adapter, read_adapter
-from molex.config import MolexConfig
 from molex.tokenizer import load_tokenizer
 from molex.train.data import read_labelled
 
-ROOT = Path(__file__).parents[1]
-DATA = ROOT.parent / "shared" / "data"
+DATA = PROJECT.parent / "shared" / "data"
 TRAINED = ("sst2", "trec")
+TRAINED_NOTE = ", trained gates"
+REQUESTS = (128, 512)
+HELD_ADAPTERS = 32
+BOUND = 2.1
+KEY = "MoLEx"
 
 
 def without_gates(adapter: Adapter) -> Adapter:
@@ -43,27 +52,27 @@ def without_gates(adapter: Adapter) -> Adapter:
     return replace(adapter, config=replace(adapter.config, molex=None), gates={})
 
 
-def random_gates(engine: OwnEngine, setting: Setting) -> dict[str, Contestant]:
+def random_gates(engine: OwnEngine, requests: int, adapters: int) -> dict[str, Contestant]:
     """Random adapters on random tokens, with and without gates, and the bare base."""
     spec = engine.model.spec
-    inputs = sentences(setting.requests, seed=1)
-    chosen = zipf(setting.requests, setting.adapters, seed=2)
-    mixture = MolexConfig(mixed_depths=tuple(range(spec.num_layers)))
-    tenants = [random_adapter(spec, seed=n, molex=mixture) for n in range(setting.adapters)]
+    inputs = sentences(requests, seed=1)
+    chosen = zipf(requests, adapters, seed=2)
+    mixture = mixing_everywhere(spec)
+    tenants = [random_adapter(spec, seed=n, molex=mixture) for n in range(adapters)]
     return {"base": engine.bare(inputs)} | both_kinds(engine, inputs, tenants, chosen, "")
 
 
-def trained_gates(engine: OwnEngine, setting: Setting) -> dict[str, Contestant]:
+def trained_gates(engine: OwnEngine, requests: int, adapters: int) -> dict[str, Contestant]:
     """Copies of the example adapters on the texts that they were trained for."""
     model, rng = engine.model, random.Random(1)
     tokenizer = load_tokenizer(DEMO_ENCODER, model.spec)
     texts = {task: read_labelled(DATA / task / "test.tsv").examples for task in TRAINED}
-    tasks = [TRAINED[n % 2] for n in range(setting.adapters)]
-    folders = [ROOT / "examples" / "adapters" / f"{task}-molex" for task in tasks]
+    tasks = [TRAINED[n % 2] for n in range(adapters)]
+    folders = [PROJECT / "examples" / "adapters" / f"{task}-molex" for task in tasks]
     tenants = [read_adapter(folder, model.spec, model.dtype, model.device) for folder in folders]
-    chosen = zipf(setting.requests, setting.adapters, seed=2)
+    chosen = zipf(requests, adapters, seed=2)
     inputs = [tokenizer(rng.choice(texts[tasks[n]]).text)["input_ids"] for n in chosen]
-    return both_kinds(engine, inputs, tenants, chosen, ", trained gates")
+    return both_kinds(engine, inputs, tenants, chosen, TRAINED_NOTE)
 
 
 def both_kinds(
@@ -80,25 +89,43 @@ def both_kinds(
     }
 
 
-def compare(setting: Setting, scratch: Path) -> None:
-    folder = setting.base(scratch)
-    trained = setting.shape == "demo-encoder" and DATA.is_dir()
+def compare(setting: Setting) -> list[Figure]:
+    engines = {dtype: OwnEngine(setting.folder, dtype) for dtype in DTYPES}
+    return [figure for count in setting.requests for figure in compare_batch(setting, engines, count)]
+
+
+def compare_batch(setting: Setting, engines: Mapping[str, OwnEngine], requests: int) -> list[Figure]:
+    """Everything on one batch of so many requests."""
+    notes = [""]
     contestants: dict[str, Contestant] = {}
-    for dtype in DTYPES:
-        engine = OwnEngine(folder, dtype)
-        arms = random_gates(engine, setting) | (trained_gates(engine, setting) if trained else {})
+    for dtype, engine in engines.items():
+        arms = random_gates(engine, requests, setting.adapters)
+        if setting.shape == "demo-encoder" and DATA.is_dir():
+            notes = ["", TRAINED_NOTE]
+            arms |= trained_gates(engine, requests, setting.adapters)
         contestants |= {f"{name} {dtype}": arm for name, arm in arms.items()}
     medians = measure(contestants, setting.rounds)
-    pairs = [("MoLEx", "LoRA"), ("LoRA", "base"), ("MoLEx", "base")]
-    if trained:
-        pairs.append(("MoLEx, trained gates", "LoRA, trained gates"))
+    pairs = [(f"MoLEx{note}", f"LoRA{note}") for note in notes] + [("LoRA", "base"), ("MoLEx", "base")]
     ratios = {
         f"{over} / {under}, {dtype}": medians[f"{over} {dtype}"] / medians[f"{under} {dtype}"]
         for dtype in DTYPES
         for over, under in pairs
     }
-    report(f"{setting.shape}: {setting.requests} sentences, {setting.adapters} adapters", medians, ratios)
+    title = f"{setting.shape}: {requests} sentences, {setting.adapters} adapters"
+    report(title, medians, ratios)
+    if setting.adapters != HELD_ADAPTERS:
+        return []
+    return [figure_of(f"{note or ', random gates'}, {title}", note, medians) for note in notes]
+
+
+def figure_of(what: str, note: str, medians: Mapping[str, float]) -> Figure:
+    """MoLEx over LoRA in the precision that MoLEx is fastest in."""
+    name = fastest(medians, [f"MoLEx{note} {dtype}" for dtype in DTYPES])
+    pair = [name, name.replace("MoLEx", "LoRA")]
+    ratio = medians[pair[0]] / medians[pair[1]]
+    measured = milliseconds(medians, pair)
+    return Figure(KEY, f"MoLEx / LoRA{what}", ratio, BOUND, at_least=False, unit="x", measured=measured)
 
 
 if __name__ == "__main__":
-    compare_all(__doc__ or "", compare, requests=(128, 512))
+    compare_all(__doc__, "bench_molex", compare, REQUESTS)

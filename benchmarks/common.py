@@ -3,43 +3,47 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import RobertaConfig, RobertaModel
 from transformers.utils import logging
 
+from benchmarks.facts import facts
+from benchmarks.figures import Figure, save
 from molex import BARE, MolexModel, Row
 from molex.adapter import Adapter, assemble, new_adapter
 from molex.backbone import BaseSpec
 from molex.config import AdapterConfig, MolexConfig
 from molex.memory import keep_compiled_kernels, keep_freed_memory
 
-DEMO_ENCODER = Path(__file__).parents[1] / ".models" / "e5-small"
+PROJECT = Path(__file__).parents[1]
+DEMO_ENCODER = PROJECT / ".models" / "e5-small"
 SHAPES = ("demo-encoder", "roberta-base-shape")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Contestant = Callable[[], object]
 
 
-def base_folder(shape: str, scratch: Path) -> Path:
-    """The demo encoder, or a random model of RoBERTa-base's shape, saved to `scratch`."""
+@contextmanager
+def base_folder(shape: str) -> Iterator[Path]:
+    """The demo encoder, or a random model of RoBERTa-base's shape, which is deleted in the end."""
     logging.disable_progress_bar()
     if shape == "demo-encoder":
-        return DEMO_ENCODER
+        yield DEMO_ENCODER
+        return
     torch.manual_seed(0)
     config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
-    RobertaModel(config, add_pooling_layer=False).save_pretrained(scratch)
-    return scratch
+    with tempfile.TemporaryDirectory() as scratch:
+        RobertaModel(config, add_pooling_layer=False).save_pretrained(scratch)
+        yield Path(scratch)
 
 
 def random_adapter(spec: BaseSpec, seed: int, molex: MolexConfig | None = None) -> Adapter:
@@ -52,6 +56,11 @@ def random_adapter(spec: BaseSpec, seed: int, molex: MolexConfig | None = None) 
         for name, tensor in fresh.tensors.items()
     }
     return assemble(config, spec, tensors)
+
+
+def mixing_everywhere(spec: BaseSpec) -> MolexConfig:
+    """MoLEx at every depth, with one shared linear gate."""
+    return MolexConfig(mixed_depths=tuple(range(spec.num_layers)))
 
 
 def sentences(count: int, seed: int) -> list[list[int]]:
@@ -87,6 +96,16 @@ class OwnEngine:
         return self.contestant(inputs, [BARE] * len(inputs))
 
 
+def in_turn(contestants: Sequence[Contestant]) -> Contestant:
+    """One contestant that runs several batches, one after another."""
+
+    def run() -> None:
+        for contestant in contestants:
+            contestant()
+
+    return run
+
+
 def measure(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, float]:
     """Median seconds of each. Every round runs all of them once, in a new order; the first only warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -102,49 +121,67 @@ def measure(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, flo
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def machine() -> dict[str, Any]:
-    """What a figure was measured on."""
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-    }
-
-
 def report(title: str, medians: Mapping[str, float], ratios: Mapping[str, float]) -> None:
     print(f"\n{title}")
+    width = max(28, *(len(name) + 2 for name in medians))
     for name, seconds in medians.items():
-        print(f"  {name:<28}{seconds * 1e3:10.1f} ms")
+        print(f"  {name:<{width}}{seconds * 1e3:10.1f} ms")
     for name, ratio in ratios.items():
         print(f"  {name:<56}{ratio:6.2f} x")
 
 
+def fastest(medians: Mapping[str, float], names: Sequence[str]) -> str:
+    """The contestant with the smallest median."""
+    return min(names, key=medians.__getitem__)
+
+
+def milliseconds(medians: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """The medians of some contestants as `Figure.measured` lists them."""
+    return {f"{name}, ms": medians[name] * 1e3 for name in names}
+
+
+def command_line(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The options that all benchmarks with figures have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--output", type=Path, help="folder for the figures; see benchmarks.table")
+    return parser
+
+
+def behave_as_the_server() -> None:
+    """Print what is measured on, and set the process up as `molex serve` does."""
+    print(facts())
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    keep_freed_memory()
+    keep_compiled_kernels()
+
+
 @dataclass(frozen=True)
 class Setting:
-    """One comparison: the base, the numbers of requests in a batch and of adapters, the rounds to run."""
+    """One comparison: the base, the numbers of requests in a batch, the number of adapters, the rounds."""
 
     shape: str
-    requests: int
+    folder: Path
+    requests: Sequence[int]
     adapters: int
     rounds: int
 
-    def base(self, scratch: Path) -> Path:
-        return base_folder(self.shape, scratch)
 
-
-def compare_all(doc: str, compare: Callable[[Setting, Path], None], requests: Sequence[int]) -> None:
-    """Parse the command line and call `compare(setting, scratch folder)` for each setting."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+def compare_all(
+    doc: str | None, script: str, compare: Callable[[Setting], list[Figure]], requests: Sequence[int]
+) -> None:
+    """Parse the command line, call `compare` for each base and number of adapters, and save the figures."""
+    parser = command_line(doc, rounds=7)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
     parser.add_argument("--requests", nargs="+", type=int, default=requests)
     parser.add_argument("--adapters", nargs="+", type=int, default=(1, 8, 32))
     arguments = parser.parse_args()
-    print(machine())
-    keep_freed_memory()
-    keep_compiled_kernels()
-    options = arguments.shapes, arguments.requests, arguments.adapters
-    for shape, count, adapters in product(*options):
-        with tempfile.TemporaryDirectory() as scratch:
-            compare(Setting(shape, count, adapters, arguments.rounds), Path(scratch))
+    behave_as_the_server()
+    figures: list[Figure] = []
+    for shape in arguments.shapes:
+        with base_folder(shape) as folder:
+            for adapters in arguments.adapters:
+                setting = Setting(shape, folder, arguments.requests, adapters, arguments.rounds)
+                figures += compare(setting)
+    save(figures, script, arguments.output)

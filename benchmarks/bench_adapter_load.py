@@ -1,0 +1,188 @@
+"""How long a cold adapter takes to load over HTTP, and what loads cost the requests beside them.
+
+    python -m benchmarks.bench_adapter_load [--rounds 10] [--block-seconds 10] [--rate 20] [--loads 20]
+
+One `molex serve` of the demo encoder. Blocks of three kinds come in random order in each round:
+classifications of 5 resident adapters, which arrive as a Poisson process; the same arrivals beside 20 loads a
+second; the loads alone. All times count from when a request was due, so that a queue shows in them. A load is
+`PUT /v1/adapters/{name}` of a folder that the server has not in memory and, after `posix_fadvise`, the
+operating system not in its page cache. Adapters are random rank-8 MoLEx adapters of 1.2 MB.
+
+The client runs on the same CPUs as the server: what it takes to send the loads is in the neighbours' times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+from benchmarks.common import (
+    DEMO_ENCODER,
+    DTYPES,
+    PROJECT,
+    behave_as_the_server,
+    command_line,
+    mixing_everywhere,
+    random_adapter,
+)
+from benchmarks.figures import Figure, save
+from benchmarks.served import BASE, PRECISIONS, own_server
+from loadtests.client import Client, connection_pool
+from loadtests.dialects import make_dialect
+from loadtests.latency import METRICS, PERCENTILES, percentiles
+from loadtests.loops import open_loop
+from loadtests.schedule import Planned, Traffic, poisson_arrivals
+from loadtests.texts import read_texts
+from molex import MolexModel, write_adapter
+
+TEXTS = PROJECT / "loadtests" / "demo_texts.txt"
+RESIDENT = [f"resident-{number}" for number in range(5)]
+RUNS = PROJECT / "runs"
+"""Where adapters are written to: /tmp may be memory, and they are to come from a disk."""
+TIMEOUT_SECONDS = 30
+LOAD_BOUND = 50
+NEIGHBOUR_BOUND = 1.1
+
+QUIET, BESIDE, ALONE = "neighbours alone", "neighbours beside loads", "loads alone"
+
+
+@dataclass
+class Times:
+    """Seconds from due to done, of all blocks of one kind."""
+
+    neighbours: list[float] = field(default_factory=list)
+    loads: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Adapters to load are in `root`/cold; `due` says when in a block each of them is loaded, in seconds."""
+
+    url: str
+    root: Path
+    due: Sequence[float]
+
+    async def run_block(self, plan: Sequence[Planned], *, loads: bool, times: Times) -> None:
+        """Send the requests of `plan`, and the loads if asked for; afterwards forget what was loaded."""
+        names = [f"cold-{number}" for number in range(len(self.due))] if loads else []
+        for name in names:
+            drop_from_page_cache(self.root / "cold" / name)
+        async with connection_pool(self.url) as http:
+            client = Client(http, make_dialect("molex-classify", None), TIMEOUT_SECONDS)
+            async with asyncio.TaskGroup() as group:
+                neighbours = group.create_task(open_loop(client, plan))
+                loading = group.create_task(self._load_all(http, names))
+            times.neighbours += [METRICS["total"](result)[0] for result in neighbours.result()]
+            times.loads += loading.result()
+            for name in names:
+                (await http.delete(f"/v1/adapters/{name}")).raise_for_status()
+
+    async def _load_all(self, http: httpx.AsyncClient, names: Sequence[str]) -> list[float]:
+        start = time.perf_counter()
+        tasks = []
+        async with asyncio.TaskGroup() as group:
+            for name, due in zip(names, self.due[: len(names)], strict=True):
+                await asyncio.sleep(start + due - time.perf_counter())
+                tasks.append(group.create_task(load(http, name, start + due)))
+        return [task.result() for task in tasks]
+
+
+async def load(http: httpx.AsyncClient, name: str, due: float) -> float:
+    """Seconds from `due` until the adapter is served."""
+    response = await http.put(f"/v1/adapters/{name}", json={"source": f"cold/{name}", "base": BASE})
+    if response.status_code != httpx.codes.CREATED:
+        raise RuntimeError(f"{name}: status {response.status_code}: {response.text}")
+    return time.perf_counter() - due
+
+
+def write_adapters(root: Path, count: int) -> None:
+    """The resident adapters in `root`/resident, and `count` others in `root`/cold."""
+    spec = MolexModel.from_pretrained(DEMO_ENCODER).spec
+    folders = [root / "resident" / name for name in RESIDENT]
+    folders += [root / "cold" / f"cold-{number}" for number in range(count)]
+    for seed, folder in enumerate(folders):
+        write_adapter(random_adapter(spec, seed, mixing_everywhere(spec)), folder)
+        for path in folder.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())  # Pages that are not on the disk yet cannot be dropped.
+
+
+def drop_from_page_cache(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+async def measure_blocks(
+    experiment: Experiment, rate: float, seconds: float, rounds: int
+) -> dict[str, Times]:
+    """Every round has a block of each kind; both kinds with neighbours have the same arrivals."""
+    traffic = Traffic(read_texts(TEXTS), RESIDENT, "zipf:1")
+    times = {kind: Times() for kind in (QUIET, BESIDE, ALONE)}
+    order = random.Random(0)
+    for number in range(rounds + 1):
+        rng = np.random.default_rng(number)
+        plan = traffic.plan(poisson_arrivals(rate, seconds, rng), rng)
+        for kind in order.sample(list(times), len(times)):
+            kept = times[kind] if number else Times()  # The first round only warms up.
+            neighbours = [] if kind == ALONE else plan
+            await experiment.run_block(neighbours, loads=kind != QUIET, times=kept)
+    return times
+
+
+def p99(seconds: Sequence[float]) -> float:
+    """In milliseconds."""
+    return float(percentiles(np.array(seconds))[PERCENTILES.index(99)]) * 1e3
+
+
+def figures_of(times: dict[str, Times], setting: str) -> list[Figure]:
+    figures = []
+    for kind in (ALONE, BESIDE):
+        loads = times[kind].loads
+        what = f"p99 of {len(loads)} cold loads, {kind}, {setting}"
+        measured = {"p50, ms": float(np.median(loads)) * 1e3, "p99, ms": p99(loads)}
+        figures.append(
+            Figure("P9", what, p99(loads), LOAD_BOUND, at_least=False, unit="ms", measured=measured)
+        )
+    tails = {kind: p99(times[kind].neighbours) for kind in (BESIDE, QUIET)}
+    measured = {f"p99, {kind}, ms": tail for kind, tail in tails.items()}
+    measured |= {f"p50, {kind}, ms": float(np.median(times[kind].neighbours)) * 1e3 for kind in tails}
+    what = f"p99 of {len(times[QUIET].neighbours)} neighbours, beside loads / quiet, {setting}"
+    ratio = tails[BESIDE] / tails[QUIET]
+    return [*figures, Figure("P9", what, ratio, NEIGHBOUR_BOUND, at_least=False, unit="x", measured=measured)]
+
+
+def main() -> None:
+    parser = command_line(__doc__, rounds=10)
+    parser.add_argument("--block-seconds", type=float, default=10)
+    parser.add_argument("--rate", type=float, default=20, help="classifications a second")
+    parser.add_argument("--loads", type=float, default=20, help="loads a second")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    arguments = parser.parse_args()
+    behave_as_the_server()
+    due = np.arange(0, arguments.block_seconds, 1 / arguments.loads).tolist()
+    RUNS.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=RUNS) as scratch:
+        root = Path(scratch)
+        write_adapters(root, len(due))
+        options = ["--adapter-root", str(root), "--max-adapters", str(len(due) + len(RESIDENT))]
+        options += ["--precision", PRECISIONS[arguments.dtype]]
+        with own_server(DEMO_ENCODER, root / "resident", root / "server.log", *options) as url:
+            experiment = Experiment(url, root, due)
+            blocks = measure_blocks(experiment, arguments.rate, arguments.block_seconds, arguments.rounds)
+            times = asyncio.run(blocks)
+    setting = f"{arguments.loads:g} loads/s, {arguments.rate:g} requests/s, {arguments.dtype}"
+    save(figures_of(times, setting), "bench_adapter_load", arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What HTTP adds to a single classification.
+
+    python -m benchmarks.bench_http_overhead [--rounds 20] [--dtypes float32 bfloat16] [--adapter sst2-molex]
+
+The same texts, one request after another, go over a kept connection to `molex serve` in a process of its own
+and to `MolexModel.run` in this one. Blocks of both alternate, so that they never run at once. As in the
+server the model runs on a worker thread, which alone has helper threads (`molex/threads.py`).
+
+The time over HTTP starts before the request is written and ends when the answer is read: it has the client's
+part, tokenization, two changes of threads and the answer's JSON in it, and the texts are no longer than a
+sentence. The client is the standard library's, because a heavier one would be measured too.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+
+from benchmarks.common import DEMO_ENCODER, DTYPES, PROJECT, OwnEngine, behave_as_the_server, command_line
+from benchmarks.figures import Figure, save
+from benchmarks.served import PRECISIONS, own_server
+from loadtests.texts import read_texts
+from molex import Adapter, Row, read_adapter
+from molex.threads import release_helpers
+from molex.tokenizer import load_tokenizer
+
+ADAPTERS = PROJECT / "examples" / "adapters"
+TEXTS = PROJECT / "loadtests" / "demo_texts.txt"
+WARM_UP = 5
+"""Uncounted requests at the start of each block, after which caches and helper threads are the arm's own."""
+BOUND = 2
+
+Arm = Callable[[str], float]
+"""Classifies one text; returns the seconds it took."""
+
+
+def http_arm(url: str, adapter: str) -> Arm:
+    connection = HTTPConnection(urlsplit(url).netloc)
+    headers = {"content-type": "application/json"}
+
+    def classify(text: str) -> float:
+        body = json.dumps({"model": adapter, "input": text}).encode()
+        start = time.perf_counter()
+        connection.request("POST", "/v1/classify", body, headers)
+        response = connection.getresponse()
+        answer = response.read()
+        seconds = time.perf_counter() - start
+        if response.status != 200:
+            raise RuntimeError(f"status {response.status}: {answer.decode()}")
+        return seconds
+
+    return classify
+
+
+def engine_arm(engine: OwnEngine, adapter: Adapter, worker: ThreadPoolExecutor) -> Arm:
+    tokenizer = load_tokenizer(DEMO_ENCODER, engine.model.spec)
+    # This thread has loaded the base. From now on only the worker should have helpers.
+    release_helpers()
+
+    @torch.inference_mode()
+    def run(row: Row) -> float:
+        start = time.perf_counter()
+        engine.model.run([row])
+        return time.perf_counter() - start
+
+    return lambda text: worker.submit(run, Row(tokenizer(text)["input_ids"], adapter)).result()
+
+
+def alternate(arms: dict[str, Arm], texts: Sequence[str], rounds: int) -> dict[str, float]:
+    """Median seconds of each arm; every round has a block of each, in random order."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    rng = random.Random(0)
+    for _ in range(rounds):
+        for name in rng.sample(list(arms), len(arms)):
+            for text in texts[:WARM_UP]:
+                arms[name](text)
+            seconds[name] += [arms[name](text) for text in texts]
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def compare(dtype: str, name: str, texts: Sequence[str], rounds: int) -> Figure:
+    engine = OwnEngine(DEMO_ENCODER, dtype)
+    adapter = read_adapter(ADAPTERS / name, engine.model.spec, engine.model.dtype, engine.model.device)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        own_server(
+            DEMO_ENCODER, ADAPTERS, Path(scratch) / "server.log", "--precision", PRECISIONS[dtype]
+        ) as url,
+        ThreadPoolExecutor(1) as worker,
+    ):
+        arms = {"HTTP": http_arm(url, name), "engine": engine_arm(engine, adapter, worker)}
+        medians = alternate(arms, texts, rounds)
+    measured = {f"{arm}, ms": seconds * 1e3 for arm, seconds in medians.items()}
+    added = (medians["HTTP"] - medians["engine"]) * 1e3
+    what = f"median over HTTP − median of the engine, {name} on the demo encoder, {dtype}"
+    return Figure("P11", what, added, BOUND, at_least=False, unit="ms", measured=measured)
+
+
+def main() -> None:
+    parser = command_line(__doc__, rounds=20)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--adapter", default="sst2-molex", help="one of examples/adapters")
+    arguments = parser.parse_args()
+    behave_as_the_server()
+    texts = read_texts(TEXTS)
+    figures = [compare(dtype, arguments.adapter, texts, arguments.rounds) for dtype in arguments.dtypes]
+    save(figures, "bench_http_overhead", arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What MoLEx costs a caller of the server: open-loop load on LoRA and MoLEx arms in the same precision.
+
+    python -m benchmarks.bench_http_ratio [--rounds 4] [--seconds 5] [--output DIR]
+
+Three servers of the demo encoder run side by side, and one of them has load at a time: all in float32,
+float32 with routed layers in bfloat16, and all in bfloat16. Requests arrive as a Poisson process, at the same
+rate on all arms: at shares of what the slowest arm answers at most. The base arm asks for embeddings, which
+is the forward pass without updates or gates: what a model with merged updates would cost.
+
+With `--output` the load test's reports are left there, a page for each precision.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from benchmarks.common import DEMO_ENCODER, PROJECT, command_line
+from benchmarks.figures import Figure, save
+from benchmarks.served import BASE, own_server
+from loadtests.config import Arm, Config
+from loadtests.latency import PERCENTILES
+from loadtests.measure import measure
+from loadtests.report import Report, write_report
+from loadtests.texts import read_texts
+
+TEXTS = PROJECT / "loadtests" / "demo_texts.txt"
+SHARES = [0.1, 0.3, 0.6, 0.8]
+MEDIAN = PERCENTILES.index(50)
+SERVERS = {
+    "float32": ["--precision", "fp32"],
+    "mixed": ["--precision", "mixed"],
+    "bfloat16": ["--precision", "bf16"],
+}
+# By what MoLEx is: the figure of docs/performance.md and its bound.
+BOUNDS = {"MoLEx": ("P2", 1.85), "MoLEx, routed bfloat16": ("P3", 1.3)}
+
+
+def experiments(urls: dict[str, str], rounds: int, seconds: float) -> Iterator[tuple[str, Config]]:
+    """The arms that are compared, by the precision of the own branch; the others with the first."""
+    exact = {"LoRA": "sst2-lora", "MoLEx": "sst2-molex"}
+    for precision in ("float32", "bfloat16"):
+        arms = [classify(name, urls[precision], model) for name, model in exact.items()]
+        if precision == "float32":
+            arms.append(classify("MoLEx, routed bfloat16", urls["mixed"], "sst2-molex"))
+        arms.append(Arm(name="base", url=urls[precision], dialect="openai-embeddings", models=[BASE]))
+        yield (
+            precision,
+            Config(
+                arms=arms,
+                texts=TEXTS.name,
+                popularity="identical",
+                shares=SHARES,
+                rounds=rounds,
+                block_seconds=seconds,
+                warmup_seconds=seconds,
+            ),
+        )
+
+
+def classify(name: str, url: str, model: str) -> Arm:
+    return Arm(name=name, url=url, dialect="molex-classify", models=[model])
+
+
+def figures(precision: str, report: Report) -> Iterator[Figure]:
+    """Each MoLEx arm over LoRA at each load: the ratio of median latencies."""
+    latency = {(one.arm, one.rate): one.latency["total"] for one in report.summaries}
+    for ratio in report.ratios:
+        if ratio.metric != "total" or ratio.percentile != 50 or ratio.over not in BOUNDS:
+            continue
+        key, bound = BOUNDS[ratio.over]
+        share = ratio.rate / min(report.run.capacity.values())
+        measured = {
+            f"{arm}, p50, ms": latency[arm, ratio.rate][MEDIAN] * 1e3 for arm in (ratio.over, ratio.under)
+        } | {"95 % from": ratio.low, "to": ratio.high}
+        load = f"{ratio.rate:.0f} requests/s ({share:.0%} of capacity)"
+        what = f"{ratio.over} / LoRA, own branch {precision}, {load}"
+        yield Figure(key, what, ratio.estimate, bound, at_least=False, unit="x", measured=measured)
+
+
+def run(rounds: int, seconds: float, output: Path | None) -> list[Figure]:
+    found: list[Figure] = []
+    texts: Sequence[str] = read_texts(TEXTS)
+    adapters = PROJECT / "examples" / "adapters"
+    with ExitStack() as stack:
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        urls = {
+            name: stack.enter_context(own_server(DEMO_ENCODER, adapters, logs / f"{name}.log", *options))
+            for name, options in SERVERS.items()
+        }
+        for precision, config in experiments(urls, rounds, seconds):
+            report = measure(config, texts, f"Demo encoder, own branch in {precision}", print)
+            found += figures(precision, report)
+            if output is not None:
+                write_report(report, output / precision)
+    return found
+
+
+if __name__ == "__main__":
+    parser = command_line(__doc__, rounds=4)
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of a block")
+    arguments = parser.parse_args()
+    results = run(arguments.rounds, arguments.seconds, arguments.output)
+    save(results, "bench_http_ratio", arguments.output)

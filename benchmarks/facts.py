@@ -1,0 +1,34 @@
+"""What figures were measured on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from loadtests.machine import machine
+
+PACKAGES = ("torch", "transformers", "peft")
+GIB = 1 << 30
+
+
+def facts() -> dict[str, Any]:
+    """The machine with this checkout's commit, versions of packages, when, and how busy the machine was.
+
+    `load`: processes that ran or waited, on average over the last minute.
+    """
+    seen = asdict(machine())
+    load = seen.pop("load")
+    seen["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1)
+    seen["threads"] = torch.get_num_threads()
+    seen["kernels"] = torch.backends.cpu.get_cpu_capability()
+    return {
+        "machine": seen,
+        "versions": {name: version(name) for name in PACKAGES},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load": load,
+    }

@@ -1,0 +1,113 @@
+"""Starting and stopping other servers, with the web server of Python's library in their place."""
+
+from __future__ import annotations
+
+import sys
+
+import httpx
+import pytest
+
+from benchmarks import peers
+from benchmarks.peers import PeerError, free_port, peer_python, running
+from scripts import install_peers
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A folder with one page."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "health").write_text("fine")
+    return folder
+
+
+@pytest.fixture
+def server(site):
+    """Command and URL of a web server."""
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "http.server",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--directory",
+        str(site),
+    ]
+    return command, f"http://127.0.0.1:{port}"
+
+
+def assert_stopped(url):
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health", trust_env=False)
+
+
+def test_a_server_answers_inside_the_block_and_is_gone_after_it(server, tmp_path):
+    command, url = server
+    with running(command, url, "/health", 60, tmp_path / "log") as address:
+        assert httpx.get(f"{address}/health", trust_env=False).text == "fine"
+    assert_stopped(url)
+    assert "GET /health" in (tmp_path / "log").read_text()
+
+
+def test_it_is_gone_after_an_exception_too(server, tmp_path):
+    command, url = server
+    with pytest.raises(KeyError), running(command, url, "/health", 60, tmp_path / "log"):
+        raise KeyError
+    assert_stopped(url)
+
+
+def test_processes_that_a_server_started_stop_with_it(server, tmp_path):
+    command, url = server
+    shell = ["sh", "-c", '"$@" & wait', "sh", *command]
+    with running(shell, url, "/health", 60, tmp_path / "log"):
+        pass
+    assert_stopped(url)
+
+
+def test_a_server_that_does_not_heed_a_signal_is_killed(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "STOP_SECONDS", 0.1)
+    command, url = server
+    with running(
+        ["sh", "-c", 'trap "" TERM; exec "$@"', "sh", *command], url, "/health", 60, tmp_path / "log"
+    ):
+        pass
+    assert_stopped(url)
+
+
+def test_a_server_gets_the_variables_it_is_given(tmp_path):
+    log = tmp_path / "log"
+    with (
+        pytest.raises(PeerError, match="status 3:\nsix"),
+        running(["sh", "-c", "echo $NUMBER; exit 3"], "http://127.0.0.1:1", "/", 60, log, {"NUMBER": "six"}),
+    ):
+        pass
+
+
+def test_a_server_that_does_not_become_ready(server, tmp_path):
+    command, url = server
+    with (
+        pytest.raises(PeerError, match=r"/missing was not ready after 0\.5 s"),
+        running(command, url, "/missing", 0.5, tmp_path / "log"),
+    ):
+        pass
+    assert_stopped(url)
+
+
+def test_a_peer_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(install_peers, "PEERS", tmp_path)
+    with pytest.raises(PeerError, match=r"vllm is not installed.*make peers"):
+        peer_python("vllm")
+
+
+def test_a_peer_that_is_there(tmp_path, monkeypatch):
+    for module in (install_peers, peers):
+        monkeypatch.setattr(module, "PEERS", tmp_path)
+    python = tmp_path / "mine" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    with pytest.raises(PeerError):
+        peer_python("mine")  # its installation has not ended
+    (tmp_path / "mine" / ".installed").touch()
+    assert peer_python("mine") == python
