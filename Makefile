@@ -89,8 +89,8 @@ bench-full: models peers ## Measure everything, peers included; writes runs/benc
 		$(BIN)/python -m benchmarks.$$script --output runs/bench-full || exit 1; done
 	@$(BIN)/python -m benchmarks.table runs/bench-full
 
-loadtest: $(READY) ## Put load on a running `make serve`; writes runs/load/report.html
-	@$(BIN)/python -m loadtests run --config loadtests/demo_encoder.toml --output runs/load
+loadtest: models ## Put load on MoLEx, LoRA and the base in three precisions; reports in runs/load
+	@$(BIN)/python -m benchmarks.bench_http_ratio --output runs/load
 
 clean: ## Remove caches and build output; keep .venv and .models
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
