@@ -83,6 +83,8 @@ class Backbone:
         blocks = list(attrgetter(self.family.layers)(base))
         self._attention = [attention_options(block, self.family, self.config) for block in blocks]
         other = None if routed_dtype in (None, base.dtype) else copied(blocks, routed_dtype)
+        self.nbytes = _nbytes(model) + sum(map(_nbytes, other or []))
+        """Of all weights, in memory."""
         self.own = Layers(blocks, self.family)
         self.routed = self.own if other is None else Layers(other, self.family)
 
@@ -222,6 +224,10 @@ def _check_supported(base: str, config: PretrainedConfig) -> None:
 def _pooler(base: Any) -> Callable[[Tensor], Tensor]:
     """The base's own pooler, on hidden states [m, d] that are pooled tokens already."""
     return lambda pooled: base.pooler(pooled[:, None].to(base.dtype))
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def _digest(model: PreTrainedModel) -> str:

@@ -84,6 +84,11 @@ class KVCache:
         self._free = list(range(num_slots - 1, -1, -1))
 
     @property
+    def nbytes(self) -> int:
+        """Room for all slots; memory is touched as it is written."""
+        return sum(depth.keys.nbytes + depth.values.nbytes for depth in self.depths)
+
+    @property
     def num_free(self) -> int:
         return len(self._free)
 

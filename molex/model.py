@@ -98,6 +98,11 @@ class MolexModel:
         return self.backbone.device
 
     @property
+    def nbytes(self) -> int:
+        """What the base's weights take in memory, in all their precisions."""
+        return self.backbone.nbytes
+
+    @property
     def adapters(self) -> Mapping[str, Adapter]:
         """The resident adapters by name, read-only."""
         return MappingProxyType(self._adapters)

@@ -79,6 +79,10 @@ class AdapterStore:
     def count(self, base: str) -> int:
         return sum(served.base == base for served in self._served.copy().values())
 
+    def nbytes(self, base: str) -> int:
+        """What the weights of all adapters of a base take in memory."""
+        return sum(served.adapter.nbytes for served in self._served.copy().values() if served.base == base)
+
     def load_for_caller(self, name: str, source: str, base: str | None) -> tuple[ServedAdapter, bool]:
         """Load an adapter that an HTTP caller names by its folder under the adapter root."""
         return self.load(name, self._resolve(source), base, source=source)

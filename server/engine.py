@@ -246,6 +246,11 @@ class Engine:
             waiting=lambda: self._scheduler.num_waiting(base),
             running=lambda: self._scheduler.num_running(base),
             adapters=lambda: self.adapters.count(base),
+            memory={
+                "weights": lambda: self.bases[base].model.nbytes,
+                "adapters": lambda: self.adapters.nbytes(base),
+                "kv_cache": lambda: self.bases[base].runner.cache_bytes,
+            },
         )
 
 

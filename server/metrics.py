@@ -1,8 +1,9 @@
-"""Every metric of the service, in base units (seconds, tokens)."""
+"""Every metric of the service, in base units (seconds, tokens, bytes)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Mapping
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -18,6 +19,7 @@ from prometheus_client import (
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+KIB = 1024
 COUNTS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 64, 128)
 
 
@@ -60,6 +62,11 @@ class Metrics:
             "molex_adapter_loads", "Adapter loads by result.", "base", "result"
         )
         self._adapters = self._gauge("molex_resident_adapters", "Adapters in memory.", "base")
+        self._bytes = self._gauge(
+            "molex_memory_bytes", "Memory for weights, adapters and the room of the cache.", "base", "kind"
+        )
+        peak = self._gauge("molex_peak_resident_memory_bytes", "Most memory that the process ever had.")
+        peak.set_function(lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB)
         self._routes = self._counter("molex_route", "Layers chosen, by depth.", "base", "depth", "layer")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -82,11 +89,17 @@ class Metrics:
         waiting: Callable[[], int],
         running: Callable[[], int],
         adapters: Callable[[], int],
+        memory: Mapping[str, Callable[[], int]],
     ) -> None:
-        """Read the gauges of a base from these functions whenever they are asked for."""
+        """Read the gauges of a base from these functions whenever they are asked for.
+
+        `memory`: bytes by kind.
+        """
         self._queue_depth.labels(base).set_function(waiting)
         self._running.labels(base).set_function(running)
         self._adapters.labels(base).set_function(adapters)
+        for kind, count in memory.items():
+            self._bytes.labels(base, kind).set_function(count)
         for result in ("loaded", "refused"):
             self._adapter_loads.labels(base, result)
 

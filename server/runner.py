@@ -40,6 +40,11 @@ class ModelRunner:
             model.new_cache(max_sequences, tokenization.max_length) if model.spec.generates else None
         )
 
+    @property
+    def cache_bytes(self) -> int:
+        """Room for the keys and values of running generations."""
+        return 0 if self._cache is None else self._cache.nbytes
+
     @torch.inference_mode()
     def run(self, sequences: Seq[Sequence]) -> StepOutput:
         """Run one step. Whatever it raises concerns all the sequences; see `fail`."""

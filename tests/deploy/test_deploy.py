@@ -25,7 +25,8 @@ PROMQL_LABELS = {"le"}
 def exported():
     """Labels of every exported series by its name, once each metric has a sample."""
     metrics = Metrics()
-    metrics.watch_base("b", waiting=lambda: 1, running=lambda: 1, adapters=lambda: 1)
+    functions = dict.fromkeys(("waiting", "running", "adapters"), lambda: 1)
+    metrics.watch_base("b", **functions, memory={"weights": lambda: 1})
     for stage in ("queue", "tokenize", "forward"):
         metrics.stage("/v1/classify", stage, 0.1)
     metrics.request("/v1/classify", 200, 0.1)

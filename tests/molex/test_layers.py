@@ -50,6 +50,13 @@ def test_only_the_routed_branch_is_rounded(family, routed_dtype, prepack, base_f
         torch.testing.assert_close(output, other, atol=tolerance, rtol=tolerance)
 
 
+def test_a_second_copy_of_the_layers_counts_as_memory(base_folder):
+    exact, reduced = models(base_folder("gpt2"), torch.bfloat16, prepack=False)
+    in_layers = sum(p.nbytes for block in exact.backbone.own.blocks for p in block.parameters())
+    assert 0 < in_layers < exact.nbytes
+    assert reduced.nbytes == exact.nbytes + in_layers // 2
+
+
 @torch.inference_mode()
 def test_without_routes_nothing_is_rounded(base_folder):
     exact, reduced = models(base_folder("roberta"), torch.bfloat16, prepack=True)

@@ -93,6 +93,24 @@ def test_loads_are_counted_by_result(live):
     assert change['molex_resident_adapters{base="enc"}'] == 1
 
 
+def test_memory_is_counted_by_kind(live):
+    sizes = {}
+
+    def work():
+        live.http.put("/v1/adapters/x", json={"source": "topic"})
+        sizes["x"] = live.http.get("/v1/adapters/x").json()["bytes"]
+
+    change = changes(live, work)
+    assert change['molex_memory_bytes{base="enc",kind="adapters"}'] == sizes["x"]
+    values = live.metrics()
+    assert values['molex_memory_bytes{base="enc",kind="kv_cache"}'] == 0
+    assert values['molex_memory_bytes{base="dec",kind="kv_cache"}'] > 0
+    assert values['molex_memory_bytes{base="dec",kind="weights"}'] > 0
+    assert values["molex_peak_resident_memory_bytes"] > sum(
+        values[f'molex_memory_bytes{{base="{base}",kind="weights"}}'] for base in ("enc", "dec")
+    )
+
+
 def test_names_are_those_that_dashboards_use(live):
     live.complete(model="writer", prompt="w1")
     text = live.http.get("/metrics").text
@@ -109,5 +127,7 @@ def test_names_are_those_that_dashboards_use(live):
         "molex_batch_distinct_layers",
         "molex_adapter_loads_total",
         "molex_resident_adapters",
+        "molex_memory_bytes",
+        "molex_peak_resident_memory_bytes",
         "molex_route_total",
     }
