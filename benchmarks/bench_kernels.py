@@ -2,9 +2,9 @@
 
     python -m benchmarks.bench_kernels [--rounds 15]
 
-Linear layers with plain and with prepacked weights; low-rank updates of many adapters with a product for
-each, with one for all, and in the engine's blocks; attention request by request, padded to the longest, and
-in the groups of like length that the engine makes, in float32 and bfloat16.
+Linear layers with plain and with prepacked weights, and in 8 bits; low-rank updates of many adapters with a
+product for each, with one for all, and in the engine's blocks; attention request by request, padded to the
+longest, and in the groups of like length that the engine makes, in float32 and bfloat16.
 """
 
 from __future__ import annotations
@@ -44,6 +44,41 @@ def linear(rounds: int, rows: int, dtype: torch.dtype) -> None:
     contestants: dict[str, Contestant] = {"plain": lambda: plain(x), "prepacked": lambda: prepacked(x)}
     medians = measure(contestants, rounds)
     report(f"linear 768 → 3072, {rows} rows, {dtype}", medians, ratios_to("plain", medians))
+
+
+def eight_bits(rounds: int, rows: int) -> None:
+    """oneDNN's 8-bit product with a scale for each row, so that no row depends on others in its batch."""
+    plain = torch.nn.Linear(768, 3072).requires_grad_(False)
+    scales = plain.weight.abs().amax(dim=1) / 127
+    quantized = (plain.weight / scales[:, None]).round().to(torch.int8)
+    weight = torch.ops.onednn.qlinear_prepack(quantized, [rows, 768])
+    zeros, bias = torch.zeros(3072, dtype=torch.int32), plain.bias.clone()
+    product = torch.ops.onednn.qlinear_pointwise.default
+    prepacked = PrepackedLinear(plain.to(torch.bfloat16))
+    x = torch.randn(rows, 768).bfloat16()
+
+    def of_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+        steps = x.abs().amax(dim=1, keepdim=True).float() / 127
+        return (x / steps).round().to(torch.int8), steps
+
+    def multiply(x: Tensor) -> Tensor:
+        result: Tensor = product(
+            x, 1.0, 0, weight, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return result
+
+    def whole() -> Tensor:
+        integers, steps = of_rows(x)
+        return torch.addcmul(bias, multiply(integers), steps).bfloat16()
+
+    integers = of_rows(x)[0]
+    contestants: dict[str, Contestant] = {
+        "bfloat16": lambda: prepacked(x),
+        "8 bits, the product alone": lambda: multiply(integers),
+        "8 bits": whole,
+    }
+    medians = measure(contestants, rounds)
+    report(f"linear 768 → 3072 in 8 bits, {rows} rows", medians, ratios_to("bfloat16", medians))
 
 
 def low_rank(rounds: int, adapters: int, rows_each: int) -> None:
@@ -102,6 +137,8 @@ def main() -> None:
             for rows in (16, 128, 1024):
                 linear(rounds, rows, dtype)
             attention(rounds, dtype)
+        for rows in (24, 128, 1024):
+            eight_bits(rounds, rows)
         for adapters, rows_each in ((8, 1), (32, 1), (8, 20), (32, 20), (32, 90)):
             low_rank(rounds, adapters, rows_each)
 

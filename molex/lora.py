@@ -187,15 +187,19 @@ class BatchLora:
         self._stacks: dict[Site, Stack] = {}
 
     def stack(self, site: Site) -> Stack:
-        """The factors of every adapter at a site side by side, built once."""
-        if site not in self._stacks:
-            updates = self.updates[site]
-            self._stacks[site] = Stack(
-                torch.cat([update.a for update in updates.values()]),
-                torch.cat([update.b.T for update in updates.values()]),
-                tuple((member, len(update.a), update.scaling) for member, update in updates.items()),
-            )
-        return self._stacks[site]
+        """The factors of every adapter at a site side by side; built once, but for factors that change."""
+        kept = self._stacks.get(site)
+        if kept is not None:
+            return kept
+        updates = self.updates[site]
+        stack = Stack(
+            torch.cat([update.a for update in updates.values()]),
+            torch.cat([update.b.T for update in updates.values()]),
+            tuple((member, len(update.a), update.scaling) for member, update in updates.items()),
+        )
+        if not any(update.a.requires_grad or update.b.requires_grad for update in updates.values()):
+            self._stacks[site] = stack
+        return stack
 
 
 class ActiveLora:

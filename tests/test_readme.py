@@ -123,7 +123,9 @@ def test_every_http_route_is_listed():
     assert {f"{method.upper()} {path}" for method, path in declared} <= shown
 
 
-@pytest.mark.parametrize("page", ["README.md", "examples/README.md", "docs/architecture.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "examples/README.md", "docs/architecture.md", "docs/performance.md"]
+)
 def test_links_lead_to_files(page):
     path = PROJECT / page
     links = re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8"))

@@ -177,6 +177,18 @@ def test_gradients_equal_those_of_the_reference(batch):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_factors_in_training_are_read_anew():
+    update = low_rank(2, seed=1)
+    update.a.requires_grad_()
+    batch, packed = BatchLora([LoraWeights({SITE: update})]), pack([3], [0])
+    y, x = randn(3, OUT, seed=1), randn(3, IN, seed=2)
+    with torch.no_grad():
+        for _ in range(2):
+            result = ActiveLora(batch, all_segments(packed)).add(y.clone(), x, SITE)
+            torch.testing.assert_close(result, low_rank_reference(y, x, [(update, 0, 3)]))
+            update.a.mul_(2)
+
+
 def test_dropout_acts_on_the_inputs_in_training_only():
     weights = [LoraWeights({SITE: low_rank(2, seed=1)}, dropout=0.5)]
     packed = pack([40], [0])
