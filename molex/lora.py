@@ -82,13 +82,15 @@ def low_rank_segments(y: Tensor, x: Tensor, segments: Sequence[Segment]) -> Tens
 class Block:
     """Rows start..stop, which one product updates.
 
-    `ranks` are the places of their adapters' ranks in a stack; `gates` [stop - start, ranks] is G.
+    `ranks` are the places of their adapters' ranks in a stack; `gates` [stop - start, ranks] is G, and
+    `foreign` says where it is 0, or is None where it is nowhere.
     """
 
     start: int
     stop: int
     ranks: slice | Tensor
     gates: Tensor
+    foreign: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,9 @@ def low_rank_blocks(y: Tensor, x: Tensor, stack: Stack, blocks: Sequence[Block])
     for block in blocks:
         rows = slice(block.start, block.stop)
         narrow = x[rows].mm(stack.a[block.ranks].T).mul_(block.gates)
+        if block.foreign is not None:
+            # What overflows in one adapter's factors is infinite, and 0 times that is NaN for another's rows.
+            narrow.masked_fill_(block.foreign, 0)
         wide[rows].addmm_(narrow, stack.b[block.ranks])
     return y if wide is y else y.copy_(wide)
 
@@ -172,7 +177,8 @@ def _block(runs: Sequence[Run], stack: Stack) -> Block:
     ranks: slice | Tensor = slice(places[0].start, places[-1].stop)
     if gates.shape[1] != places[-1].stop - places[0].start:
         ranks = torch.tensor([rank for place in places for rank in place], device=stack.a.device)
-    return Block(first, end, ranks, torch.from_numpy(gates).to(stack.a))
+    gate = torch.from_numpy(gates).to(stack.a)
+    return Block(first, end, ranks, gate, gate == 0 if len(runs) > 1 else None)
 
 
 class BatchLora:

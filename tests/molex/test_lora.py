@@ -177,6 +177,23 @@ def test_gradients_equal_those_of_the_reference(batch):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_what_overflows_in_one_adapter_stays_there(form, monkeypatch):
+    monkeypatch.setattr(lora, "OPERATIONS_PER_CALL", FORMS[form])
+    tame, wild = low_rank(2, seed=1, dtype=torch.float32), low_rank(2, seed=5, dtype=torch.float32)
+    wild = LowRank(wild.a.sign() * 3e38, wild.b, wild.scaling)
+    packed = pack([2, 2, 2], [0, 1, 2])
+    y = randn(6, OUT, seed=1, dtype=torch.float32)
+    x = 2 + randn(6, IN, seed=2, dtype=torch.float32).abs()
+    weights = [LoraWeights({SITE: update}) for update in (tame, wild, tame)]
+    with torch.no_grad():
+        result = active(packed, weights).add(y.clone(), x, SITE)
+    kept = [0, 1, 4, 5]
+    expected = low_rank_reference(y, x, [(tame, 0, 2), (tame, 4, 6)])
+    assert not result[2:4].isfinite().any()
+    torch.testing.assert_close(result[kept], expected[kept])
+
+
 def test_factors_in_training_are_read_anew():
     update = low_rank(2, seed=1)
     update.a.requires_grad_()
