@@ -163,6 +163,19 @@ class Backbone:
         self.own.prepack()
         self.routed.prepack()
 
+    @torch.inference_mode()
+    def warm_up(self, max_rows: int) -> None:
+        """Have the matrix kernels for up to `max_rows` rows compiled now, not while a request waits.
+
+        All layers have the same shapes, so the first one calls for every kernel.
+        """
+        width = self.config.num_attention_heads * self.head_dim
+        for layers in {self.own, self.routed}:
+            for rows in layers.compiled_sizes(max_rows):
+                x = torch.zeros(rows, self.config.hidden_size, dtype=layers.dtype, device=self.device)
+                layers.project(0, x, None)
+                layers.finish(0, x, x.new_zeros(rows, width), None)
+
     def embed(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
         """Token ids, positions and token types [n] → hidden states [n, d]."""
         types = None if types is None else types[None]

@@ -51,6 +51,10 @@ class Layers:
         """How many rows to hand to `project` and `finish` for `rows`; the others may hold anything."""
         return padded_rows(rows) if self._prepacked else rows
 
+    def compiled_sizes(self, max_rows: int) -> list[int]:
+        """The numbers of rows up to `max_rows` that kernels are compiled for, one by one at first use."""
+        return sorted({padded_rows(rows) for rows in range(1, max_rows + 1)}) if self._prepacked else []
+
     def project(self, layer: int, x: Tensor, lora: ActiveLora | None) -> Tensor:
         """The first half of a layer: its input x [n, d] → queries, keys and values side by side [n, e]."""
         if self._family.norm_before is not None:

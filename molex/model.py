@@ -85,6 +85,10 @@ class MolexModel:
         """Lay the base's weights out for speed where the CPU gains from it; no training afterwards."""
         self.backbone.prepack()
 
+    def warm_up(self, max_rows: int) -> None:
+        """Compile the matrix kernels of passes with up to `max_rows` tokens."""
+        self.backbone.warm_up(max_rows)
+
     @property
     def spec(self) -> BaseSpec:
         return self.backbone.spec
