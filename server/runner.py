@@ -9,7 +9,6 @@ from time import perf_counter
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from molex.model import MolexModel, RunStats
 from molex.row import Row
@@ -116,13 +115,13 @@ class ModelRunner:
         scores = logits.float()
         # One label is a yes/no score of its own; several are exclusive.
         probs = scores.sigmoid() if len(scores) == 1 else scores.softmax(-1)
-        sequence.probs = probs.tolist()
+        sequence.scores, sequence.probs = scores.tolist(), probs.tolist()
         self.release(sequence)
         return Update(sequence, finish_reason="stop")
 
     def _embed(self, sequence: Sequence, hidden: Tensor) -> Update:
-        """Mean of the last hidden states [tokens, d], scaled to length 1."""
-        sequence.embedding = functional.normalize(hidden.float().mean(0), dim=0).tolist()
+        """Mean of the last hidden states [tokens, d]."""
+        sequence.embedding = hidden.float().mean(0).tolist()
         self.release(sequence)
         return Update(sequence, finish_reason="stop")
 

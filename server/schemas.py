@@ -6,7 +6,7 @@ nothing, because clients send them unasked.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -56,6 +56,45 @@ class ClassifyRequest(Body):
     @property
     def inputs(self) -> list[str | list[str]]:
         return [self.input] if isinstance(self.input, str) else self.input
+
+
+class TeiPredictRequest(Body):
+    """`POST /predict` of text-embeddings-inference: `"text"`, `["text", "text_pair"]` or `[["text"], …]`."""
+
+    inputs: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=2)]
+        | Annotated[list[Annotated[list[Text], Field(min_length=1, max_length=2)]], Field(min_length=1)]
+    )
+    truncate: bool | None = None
+    truncation_direction: Literal["Right", "right"] | None = None
+    raw_scores: bool = False
+
+    @property
+    def is_batch(self) -> bool:
+        return isinstance(self.inputs, list) and isinstance(self.inputs[0], list)
+
+    @property
+    def batch(self) -> list[str | list[str]]:
+        """Each text, or pair of texts."""
+        entries = cast(list[str | list[str]], self.inputs if self.is_batch else [self.inputs])
+        return [entry[0] if isinstance(entry, list) and len(entry) == 1 else entry for entry in entries]
+
+
+class TeiEmbedRequest(Body):
+    """`POST /embed` of text-embeddings-inference."""
+
+    inputs: Text | Annotated[list[Text], Field(min_length=1)]
+    truncate: bool | None = None
+    truncation_direction: Literal["Right", "right"] | None = None
+    normalize: bool = True
+
+    prompt_name: None = None
+    dimensions: None = None
+
+    @property
+    def batch(self) -> list[str | list[str]]:
+        return [self.inputs] if isinstance(self.inputs, str) else list(self.inputs)
 
 
 class EmbeddingsRequest(Body):

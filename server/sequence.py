@@ -91,6 +91,8 @@ class Sequence:
     """How many of its tokens are in the cache."""
     route: Route | None = None
     output_ids: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    """Logits of a classification; `probs` are made from them."""
     probs: list[float] = field(default_factory=list)
     embedding: list[float] = field(default_factory=list)
     text_stream: TextStream | None = None

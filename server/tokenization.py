@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +52,15 @@ class Tokenization:
         max_length = min(max_length, spec.max_length)
         return cls(tokenizer, max_length=max_length, vocab_size=spec.vocab_size, stop_ids=stop_ids)
 
-    def encode(self, inputs: Sequence[TextOrPair], param: str, *, reserve: int = 0) -> list[Prompt]:
+    def encode(
+        self, inputs: Sequence[TextOrPair], param: str, *, reserve: int = 0, truncate: bool = False
+    ) -> list[Prompt]:
         """Tokenize texts or pairs, leaving room for `reserve` more tokens.
 
-        Raises ServiceError naming the input that is empty or too long.
+        With `truncate` what is too long loses its end; of a pair, the longer text does. Raises ServiceError
+        naming the input that is empty or too long.
         """
-        prompts = [self._encode(text) for text in inputs]
+        prompts = [self._encode(text, truncate=truncate) for text in inputs]
         for index, prompt in enumerate(prompts):
             name = param if len(prompts) == 1 else f"{param}.{index}"
             self.check(prompt.token_ids, name, reserve=reserve)
@@ -106,9 +111,17 @@ class Tokenization:
         """Text of one token, special ones by their name."""
         return str(self._tokenizer.decode([token_id]))
 
-    def _encode(self, text: TextOrPair) -> Prompt:
+    @cached_property
+    def _truncating(self) -> Any:
+        """Truncation is a state of a tokenizer, not of a call: a tokenizer of its own always has it."""
+        return copy.deepcopy(self._tokenizer)
+
+    def _encode(self, text: TextOrPair, *, truncate: bool) -> Prompt:
         texts = [text] if isinstance(text, str) else text
-        encoding = self._tokenizer(*texts, verbose=False)
+        if truncate:
+            encoding = self._truncating(*texts, truncation=True, max_length=self.max_length)
+        else:
+            encoding = self._tokenizer(*texts, verbose=False)
         type_ids = encoding.get("token_type_ids")
         return Prompt(list(encoding["input_ids"]), None if type_ids is None else list(type_ids))
 

@@ -54,8 +54,15 @@ async def create_embeddings(
 
 
 def _embedding(sequence: Sequence, *, encoded: bool) -> Embedding:
-    vector = sequence.embedding
+    vector = normalized(sequence.embedding)
     return Embedding(index=sequence.index, embedding=_base64(vector) if encoded else vector)
+
+
+def normalized(vector: list[float]) -> list[float]:
+    """The vector scaled to length 1."""
+    numbers = np.array(vector, np.float32)
+    scaled: list[float] = (numbers / max(float(np.linalg.norm(numbers)), 1e-12)).tolist()
+    return scaled
 
 
 def _base64(vector: list[float]) -> str:

@@ -39,7 +39,12 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_invalid_request(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return answer(_describe(_best(error.errors())))
+    return answer(describe(error))
+
+
+def describe(error: RequestValidationError) -> ServiceError:
+    """The most telling problem of an invalid request, in words."""
+    return _describe(_best(error.errors()))
 
 
 def _best(problems: Seq[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -28,16 +28,23 @@ class PromptUsage(BaseModel):
 
 
 async def run_prompts(
-    engine: Engine, target: Target, inputs: Seq[TextOrPair], request: Request, response: Response
+    engine: Engine,
+    target: Target,
+    inputs: Seq[TextOrPair],
+    request: Request,
+    response: Response,
+    *,
+    param: str = "input",
+    truncate: bool = False,
 ) -> list[Sequence]:
-    """Run the field `input` of a request; returns its ended sequences, in the order of the inputs.
+    """Run the texts that a request has in its field `param`; returns the ended sequences in their order.
 
     Puts the digest of the adapter and the times of the stages into the headers of the response. Raises
     ServiceError.
     """
     watch = Stopwatch()
-    check_count(engine, len(inputs), "input")
-    prompts = await engine.in_pool(target.base.tokenization.encode, inputs, "input")
+    check_count(engine, len(inputs), param)
+    prompts = await engine.in_pool(target.base.tokenization.encode, inputs, param, truncate=truncate)
     watch.tokenization_done()
     sequences = [
         Sequence(

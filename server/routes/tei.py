@@ -1,0 +1,206 @@
+"""The routes of Hugging Face's text-embeddings-inference, for clients that know no adapter names.
+
+A client is given `http://host:port/tei/NAME` as the server's address. At the root the name is a query
+parameter, which can be left out where only one adapter or base fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from importlib.metadata import version
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+
+from server.deps import EngineDep, Target, classifier, encoder, find_target
+from server.engine import Engine
+from server.errors import ErrorKind, ServiceError
+from server.routes.embeddings import normalized
+from server.routes.errors import describe
+from server.routes.prompts import run_prompts
+from server.schemas import ModelName, TeiEmbedRequest, TeiPredictRequest
+from server.sequence import Sequence
+from server.tokenization import TextOrPair
+
+STATUS = {ErrorKind.CONTEXT_LENGTH: 413, ErrorKind.INTERNAL: 424}
+"""Where TEI answers with another status than we do; 400 becomes 422."""
+ERROR_TYPES = {424: "Backend", 429: "Overloaded", 503: "Unhealthy"}
+
+
+class TeiRoute(APIRoute):
+    """Answers errors in TEI's shape."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_in_shape(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except ServiceError as error:
+                return _error(error)
+            except RequestValidationError as error:
+                return _error(describe(error))
+
+        return handle_in_shape
+
+
+router = APIRouter(tags=["text-embeddings-inference"], route_class=TeiRoute)
+
+
+class Prediction(BaseModel):
+    """The score of one label."""
+
+    score: float
+    label: str
+
+
+class Info(BaseModel):
+    """What TEI tells of its model and its limits. `model_sha` is the digest of the adapter or base."""
+
+    model_id: str
+    model_sha: str
+    model_dtype: str
+    model_type: dict[str, Any]
+    max_concurrent_requests: int
+    max_input_length: int
+    max_batch_tokens: int
+    max_batch_requests: int | None = None
+    max_client_batch_size: int
+    auto_truncate: bool = False
+    tokenization_workers: int
+    version: str
+    sha: str | None = None
+    docker_label: str | None = None
+
+
+# One declaration for both places of the name: in the path where the path has it, else in the query.
+def _classifier(engine: EngineDep, model: ModelName | None = None) -> Target:
+    return classifier(engine, model or _only(_classifiers(engine)))
+
+
+def _encoder(engine: EngineDep, model: ModelName | None = None) -> Target:
+    return encoder(engine, model or _only(_encoders(engine)))
+
+
+def _either(engine: EngineDep, model: ModelName | None = None) -> Target:
+    target = find_target(engine, model or _only(_classifiers(engine) or _encoders(engine)))
+    return target if target.adapter.head is not None else encoder(engine, target.name)
+
+
+@router.post("/predict")
+@router.post("/tei/{model}/predict")
+async def predict(
+    body: TeiPredictRequest,
+    request: Request,
+    response: Response,
+    engine: EngineDep,
+    target: Annotated[Target, Depends(_classifier)],
+) -> list[Prediction] | list[list[Prediction]]:
+    """Score every label of one text, one pair of texts, or a batch of either."""
+    sequences = await run_prompts(
+        engine, target, body.batch, request, response, param="inputs", truncate=bool(body.truncate)
+    )
+    response.headers.update(_compute_headers(body.batch, sequences, response))
+    answers = [_predictions(sequence, raw=body.raw_scores) for sequence in sequences]
+    return answers if body.is_batch else answers[0]
+
+
+@router.post("/embed")
+@router.post("/tei/{model}/embed")
+async def embed(
+    body: TeiEmbedRequest,
+    request: Request,
+    response: Response,
+    engine: EngineDep,
+    target: Annotated[Target, Depends(_encoder)],
+) -> list[list[float]]:
+    """Embed texts with a bare encoder: mean pooling, scaled to length 1 unless `normalize` is false."""
+    sequences = await run_prompts(
+        engine, target, body.batch, request, response, param="inputs", truncate=bool(body.truncate)
+    )
+    response.headers.update(_compute_headers(body.batch, sequences, response))
+    vectors = [sequence.embedding for sequence in sequences]
+    return [normalized(vector) for vector in vectors] if body.normalize else vectors
+
+
+@router.get("/info")
+@router.get("/tei/{model}/info")
+async def info(engine: EngineDep, target: Annotated[Target, Depends(_either)]) -> Info:
+    """The model and its limits."""
+    settings = engine.settings
+    return Info(
+        model_id=target.name,
+        model_sha=target.digest or target.base.model.spec.digest,
+        model_dtype=str(target.base.model.dtype).removeprefix("torch."),
+        model_type=_model_type(target),
+        max_concurrent_requests=settings.max_queue,
+        max_input_length=target.base.tokenization.max_length,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_client_batch_size=settings.max_inputs,
+        tokenization_workers=settings.pool_threads,
+        version=version("molex-serve"),
+    )
+
+
+@router.get("/health", response_class=Response)
+@router.get("/tei/{model}/health", response_class=Response)
+async def health(engine: EngineDep) -> Response:
+    """200 while new requests are welcome."""
+    if not engine.ready:
+        raise ServiceError(ErrorKind.STOPPING, "not ready")
+    return Response()
+
+
+def _classifiers(engine: Engine) -> list[str]:
+    return [served.name for served in engine.adapters.all() if served.adapter.head is not None]
+
+
+def _encoders(engine: Engine) -> list[str]:
+    return [name for name, base in engine.bases.items() if not base.model.spec.generates]
+
+
+def _only(names: list[str]) -> str:
+    """The one name there is to choose."""
+    if len(names) == 1:
+        return names[0]
+    message = f"{len(names)} models fit: add ?model=NAME, or give clients /tei/NAME as the address"
+    raise ServiceError(ErrorKind.MODEL_NOT_FOUND, message, param="model")
+
+
+def _predictions(sequence: Sequence, *, raw: bool) -> list[Prediction]:
+    """All labels, the highest score first."""
+    scores = sequence.scores if raw else sequence.probs
+    labels = sequence.adapter.id2label
+    predictions = [Prediction(score=score, label=labels[i]) for i, score in enumerate(scores)]
+    return sorted(predictions, key=lambda prediction: prediction.score, reverse=True)
+
+
+def _model_type(target: Target) -> dict[str, Any]:
+    if target.adapter.head is None:
+        return {"embedding": {"pooling": "mean"}}
+    labels = target.adapter.id2label
+    inverse = {label: number for number, label in labels.items()}
+    return {"classifier": {"id2label": labels, "label2id": inverse}}
+
+
+def _compute_headers(
+    inputs: list[TextOrPair], sequences: list[Sequence], response: Response
+) -> dict[str, str]:
+    """What TEI reports of a request beside its times."""
+    texts = [text for entry in inputs for text in ([entry] if isinstance(entry, str) else entry)]
+    return {
+        "x-compute-type": "cpu",
+        "x-compute-time": response.headers["x-total-time"],
+        "x-compute-characters": str(sum(map(len, texts))),
+        "x-compute-tokens": str(sum(len(sequence.token_ids) for sequence in sequences)),
+    }
+
+
+def _error(error: ServiceError) -> JSONResponse:
+    status = STATUS.get(error.kind, 422 if error.kind.status == 400 else error.kind.status)
+    body = {"error": error.message, "error_type": ERROR_TYPES.get(status, "Validation")}
+    return JSONResponse(body, status, headers=error.headers)
