@@ -2,10 +2,10 @@
 
     python -m benchmarks.bench_http_ratio [--rounds 4] [--seconds 5] [--output DIR]
 
-Three servers of the demo encoder run side by side, and one of them has load at a time: all in float32,
-float32 with routed layers in bfloat16, and all in bfloat16. Requests arrive as a Poisson process, at the same
-rate on all arms: at shares of what the slowest arm answers at most. The base arm asks for embeddings, which
-is the forward pass without updates or gates: what a model with merged updates would cost.
+Five servers of the demo encoder run side by side, and one of them has load at a time: all in float32,
+float32 with routed layers in bfloat16, all in bfloat16, and in both precisions a base into which the LoRA
+adapter was merged. Requests arrive as a Poisson process, at the same rate on all arms: at shares of what the
+slowest arm answers at most. The base arm asks for embeddings.
 
 With `--output` the load test's reports are left there, a page for each precision.
 """
@@ -25,7 +25,9 @@ from loadtests.latency import PERCENTILES
 from loadtests.measure import measure
 from loadtests.report import Report, write_report
 from loadtests.texts import read_texts
+from molex.merge import merge
 
+ADAPTERS = PROJECT / "examples" / "adapters"
 TEXTS = PROJECT / "loadtests" / "demo_texts.txt"
 SHARES = [0.1, 0.3, 0.6, 0.8]
 MEDIAN = PERCENTILES.index(50)
@@ -45,6 +47,7 @@ def experiments(urls: dict[str, str], rounds: int, seconds: float) -> Iterator[t
         arms = [classify(name, urls[precision], model) for name, model in exact.items()]
         if precision == "float32":
             arms.append(classify("MoLEx, routed bfloat16", urls["mixed"], "sst2-molex"))
+        arms.append(classify("merged LoRA", urls[merged(precision)], "sst2-merged"))
         arms.append(Arm(name="base", url=urls[precision], dialect="openai-embeddings", models=[BASE]))
         yield (
             precision,
@@ -58,6 +61,23 @@ def experiments(urls: dict[str, str], rounds: int, seconds: float) -> Iterator[t
                 warmup_seconds=seconds,
             ),
         )
+
+
+def merged(server: str) -> str:
+    """The name of the server beside another whose base has the LoRA adapter's updates in its weights."""
+    return f"{server}, merged"
+
+
+def start_servers(stack: ExitStack, folder: Path) -> dict[str, str]:
+    """The URL of each server. They write into `folder`."""
+    base, heads = folder / "base", folder / "heads"
+    merge(DEMO_ENCODER, ADAPTERS / "sst2-lora", base, heads / "sst2-merged")
+    served = {name: (DEMO_ENCODER, ADAPTERS, options) for name, options in SERVERS.items()}
+    served |= {merged(name): (base, heads, SERVERS[name]) for name in ("float32", "bfloat16")}
+    return {
+        name: stack.enter_context(own_server(model, adapters, folder / f"{name}.log", *options))
+        for name, (model, adapters, options) in served.items()
+    }
 
 
 def classify(name: str, url: str, model: str) -> Arm:
@@ -83,13 +103,8 @@ def figures(precision: str, report: Report) -> Iterator[Figure]:
 def run(rounds: int, seconds: float, output: Path | None) -> list[Figure]:
     found: list[Figure] = []
     texts: Sequence[str] = read_texts(TEXTS)
-    adapters = PROJECT / "examples" / "adapters"
     with ExitStack() as stack:
-        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        urls = {
-            name: stack.enter_context(own_server(DEMO_ENCODER, adapters, logs / f"{name}.log", *options))
-            for name, options in SERVERS.items()
-        }
+        urls = start_servers(stack, Path(stack.enter_context(tempfile.TemporaryDirectory())))
         for precision, config in experiments(urls, rounds, seconds):
             report = measure(config, texts, f"Demo encoder, own branch in {precision}", print)
             found += figures(precision, report)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -97,26 +97,7 @@ class Backbone:
         routed_dtype: torch.dtype | None = None,
     ) -> Backbone:
         """Load a local folder or hub id. Raises BaseModelError, naming the base, if it can't be served."""
-        is_path = isinstance(base, Path) or base.startswith((".", "/"))
-        if is_path and not Path(base).is_dir():
-            raise BaseModelError(f"base model {str(base)!r}: no such folder")
-        try:
-            config = AutoConfig.from_pretrained(base)
-        except (OSError, ValueError) as error:
-            raise BaseModelError(f"base model {str(base)!r}: {error}") from error
-        _check_supported(str(base), config)
-        options: dict[str, Any] = {"dtype": dtype}
-        loader = AutoModelForCausalLM if FAMILIES[config.model_type].causal else AutoModel
-        if config.model_type == "roberta":
-            options["add_pooling_layer"] = False
-        try:
-            model, info = loader.from_pretrained(base, output_loading_info=True, **options)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise BaseModelError(f"base model {str(base)!r}: {error}") from error
-        missing = {key for key in info["missing_keys"] if "pooler" not in key}
-        if missing:
-            raise BaseModelError(f"base model {str(base)!r}: no weights for {sorted(missing)[0]}")
-        has_pooler = config.model_type == "bert" and not info["missing_keys"]
+        model, has_pooler = load_stock(base, dtype)
         return cls(model.to(device), has_pooler=has_pooler, routed_dtype=routed_dtype)
 
     @property
@@ -211,6 +192,35 @@ class Backbone:
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm after the last layer, where the family has one."""
         return hidden if self.family.norm is None else getattr(self._base, self.family.norm)(hidden)
+
+
+def load_stock(base: str | Path, dtype: torch.dtype | Literal["auto"]) -> tuple[PreTrainedModel, bool]:
+    """transformers' model of a local folder or hub id, and whether it is a BERT with a trained pooler.
+
+    `auto` is the precision that it is saved in. Raises BaseModelError, naming the base, if it can't be
+    served.
+    """
+    is_path = isinstance(base, Path) or base.startswith((".", "/"))
+    if is_path and not Path(base).is_dir():
+        raise BaseModelError(f"base model {str(base)!r}: no such folder")
+    try:
+        config = AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"base model {str(base)!r}: {error}") from error
+    _check_supported(str(base), config)
+    options: dict[str, Any] = {"dtype": dtype}
+    loader = AutoModelForCausalLM if FAMILIES[config.model_type].causal else AutoModel
+    if config.model_type == "roberta":
+        options["add_pooling_layer"] = False
+    try:
+        model, info = loader.from_pretrained(base, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BaseModelError(f"base model {str(base)!r}: {error}") from error
+    missing = {key for key in info["missing_keys"] if "pooler" not in key}
+    if missing:
+        raise BaseModelError(f"base model {str(base)!r}: no weights for {sorted(missing)[0]}")
+    has_pooler = config.model_type == "bert" and not info["missing_keys"]
+    return model, has_pooler
 
 
 def _rotated(heads: Tensor, num_kv_heads: int, cos: Tensor, sin: Tensor) -> Tensor:

@@ -68,6 +68,8 @@ def parse_config(text: str | bytes, num_layers: int) -> AdapterConfig:
         base_model_name_or_path=_take(fields, "base_model_name_or_path", _optional(_string), None) or "",
         id2label=_take(fields, "id2label", _optional(_labels), None),
     )
+    if not config.target_modules and (config.molex is not None or config.task_type != "SEQ_CLS"):
+        raise AdapterError("target_modules", "names no module; only a classification head can stand alone")
     _take(fields, "modules_to_save", _optional(_head_modules), None)
     _take(fields, "bias", _one_of(("none",)), "none")
     _take(fields, "init_lora_weights", _one_of(INITIALISATIONS), True)
@@ -213,7 +215,7 @@ def _object(value: Any) -> Fields:
 def _strings(value: Any) -> tuple[str, ...]:
     if type(value) is str:
         raise ValueError("is a regular expression or keyword; list the names of the modules instead")
-    if type(value) is not list or not value or any(type(item) is not str for item in value):
+    if type(value) is not list or any(type(item) is not str for item in value):
         raise ValueError("is not a list of module names")
     return tuple(value)
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from molex.convert import convert
 from molex.errors import MolexError
 from molex.memory import keep_compiled_kernels, keep_freed_memory
+from molex.merge import merge
 from molex.train.cli import evaluate, train
 from server import logs
 from server.app import create_app
@@ -144,7 +145,25 @@ def convert_checkpoint(
     typer.echo(f"{output}: adapter written")
 
 
+def merge_adapter(
+    base: Annotated[str, typer.Option(help="Folder or hub id of the base model.")],
+    adapter: Annotated[Path, typer.Option(help="Folder of a LoRA adapter for it.")],
+    base_out: Annotated[Path, typer.Option(help="Folder to write the merged base to.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write the classification head to, as an adapter.")
+    ] = None,
+) -> None:
+    """Fold a LoRA adapter into a copy of its base."""
+    try:
+        merge(base, adapter, base_out, output)
+    except MolexError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    typer.echo(f"{base_out}: base written" + (f"\n{output}: adapter written" if output else ""))
+
+
 app.command()(_with_settings_as_options(serve))
 app.command()(train)
 app.command()(evaluate)
 app.command("convert")(convert_checkpoint)
+app.command("merge")(merge_adapter)

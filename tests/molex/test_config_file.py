@@ -137,6 +137,14 @@ REQUIRED = [*LORA, *(f for f in MOLEX if f not in LORA)]
 NESTED = ["gate.kind", "gate.scope", "gate.normalize", "vote.rule", "vote.score", "vote.over"]
 
 
+@pytest.mark.parametrize("changes", [{"task_type": "CAUSAL_LM"}, MOLEX], ids=["generator", "molex"])
+def test_only_a_classification_head_can_stand_alone(changes):
+    alone = LORA | {"target_modules": []}
+    assert parse_config(json.dumps(alone), LAYERS).target_modules == ()
+    with pytest.raises(AdapterError, match="target_modules: names no module"):
+        parse_config(json.dumps(alone | changes | {"target_modules": []}), LAYERS)
+
+
 @pytest.mark.parametrize("path", [*REQUIRED, *NESTED, "mix.kind", "mix.scope"])
 def test_a_missing_field_is_named(path):
     assert "missing in adapter_config.json" in refusal(MOLEX, path, ...)
@@ -206,7 +214,7 @@ WRONG = [
     ("lora_dropout", -0.1),
     ("use_rslora", 1),
     ("use_rslora", "true"),
-    ("target_modules", []),
+    ("target_modules", {}),
     ("target_modules", None),
     ("target_modules", [1]),
     ("layers_to_transform", []),

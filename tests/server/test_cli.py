@@ -103,8 +103,20 @@ def test_bad_options_are_refused_in_one_line(arguments, code, words, monkeypatch
 
 def test_the_other_commands_are_there():
     result = CliRunner().invoke(app, ["--help"])
-    for command in ("serve", "train", "evaluate", "convert"):
+    for command in ("serve", "train", "evaluate", "convert", "merge"):
         assert command in result.output
+
+
+def test_merge_says_what_it_wrote_and_what_is_wrong(bases, adapters_folder, tmp_path):
+    options = ["merge", "--base", str(bases["enc"]), "--base-out", str(tmp_path / "merged")]
+    options += ["--output", str(tmp_path / "head"), "--adapter"]
+    refused = CliRunner().invoke(app, [*options, str(adapters_folder / "mood")])
+    assert refused.exit_code == 1
+    assert "error: a MoLEx adapter cannot be merged" in refused.output
+    result = CliRunner().invoke(app, [*options, str(adapters_folder / "topic")])
+    assert result.exit_code == 0
+    assert "merged: base written" in result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"merged", "head"}
 
 
 def test_a_folder_that_cannot_be_converted_is_named(tmp_path):
