@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -64,8 +65,9 @@ def running(
     """Run a server until the block ends; yields `url` once `url` + `ready_path` answers with status 200.
 
     `timeout_s`: how many seconds it has for that. What it prints goes to the file `log`. `environment` is
-    added to the variables of this process. All processes that the server starts are stopped with it.
-    Raises PeerError with the end of the log where it ends by itself or does not become ready.
+    added to the variables of this process. All processes that the server starts are stopped with it, also at
+    SIGTERM to this process, so call it on the main thread. Raises PeerError with the end of the log where it
+    ends by itself or does not become ready.
     """
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -75,11 +77,22 @@ def running(
             env={**os.environ, **(environment or {})},
             start_new_session=True,
         )
+    with _exit_on_sigterm():
+        try:
+            _wait_until_ready(process, url + ready_path, timeout_s, log)
+            yield url
+        finally:
+            _stop(process)
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end this process by an exception: by itself it would leave the servers behind."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        _wait_until_ready(process, url + ready_path, timeout_s, log)
-        yield url
+        yield
     finally:
-        _stop(process)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout_s: float, log: Path) -> None:

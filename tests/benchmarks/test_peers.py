@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 
 import httpx
@@ -49,6 +51,21 @@ def test_a_server_answers_inside_the_block_and_is_gone_after_it(server, tmp_path
         assert httpx.get(f"{address}/health", trust_env=False).text == "fine"
     assert_stopped(url)
     assert "GET /health" in (tmp_path / "log").read_text()
+
+
+def test_it_is_gone_when_the_benchmark_is_told_to_end(server, tmp_path):
+    command, url = server
+    program = (
+        "import signal; from pathlib import Path; from benchmarks.peers import running\n"
+        f"with running({command!r}, {url!r}, '/health', 60, Path({str(tmp_path / 'log')!r})):\n"
+        "    print('ready', flush=True)\n"
+        "    signal.pause()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as benchmark:
+        assert benchmark.stdout.readline() == "ready\n"
+        benchmark.send_signal(signal.SIGTERM)
+        assert benchmark.wait(60) == 128 + signal.SIGTERM
+    assert_stopped(url)
 
 
 def test_it_is_gone_after_an_exception_too(server, tmp_path):
