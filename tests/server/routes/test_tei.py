@@ -147,7 +147,9 @@ def test_a_server_that_drains_is_unhealthy(start, settings):
     assert answer.json()["error_type"] == "Unhealthy"
 
 
-def test_hugging_faces_own_client(live):
+def test_hugging_faces_own_client(live, monkeypatch):
+    # It takes this server for the model hub, which tests never ask.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     client = InferenceClient(timeout=60)
     expected = live.post("/tei/enc/embed", {"inputs": "w1 w2"}).json()
     vectors = client.feature_extraction(
