@@ -20,6 +20,12 @@ COPY molex molex
 COPY server server
 RUN pip install --no-cache-dir --no-deps --force-reinstall .
 
+# The kernels, which the second stage has no compiler for.
+ENV XDG_CACHE_HOME=/opt/molex/cache
+RUN apt-get update && apt-get install -y --no-install-recommends g++=4:12.2.0-3 \
+    && rm -rf /var/lib/apt/lists/* \
+    && python -c "from molex.native.build import library; library()"
+
 
 FROM python:3.11.14-slim-bookworm
 
@@ -28,6 +34,7 @@ COPY --from=build /opt/molex /opt/molex
 
 ENV PATH="/opt/molex/bin:$PATH" \
     PYTHONUNBUFFERED=1 \
+    XDG_CACHE_HOME=/opt/molex/cache \
     MOLEX_PORT=8000
 
 USER 10001

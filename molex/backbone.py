@@ -26,12 +26,15 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import rotate_half
 
-from molex.attention import KVStreams, packed_attention
+from molex.attention import KVStreams
 from molex.errors import BaseModelError
 from molex.family import FAMILIES, attention_options
 from molex.heads import HeadKind
-from molex.layers import Layers, copied
+from molex.layers import Layers, StockLayers, copied
+from molex.native import build
+from molex.native.layers import NativeLayers, release, runs_natively
 from molex.packing import Indices, Packed
+from molex.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,13 @@ class Backbone:
         blocks = list(attrgetter(self.family.layers)(base))
         self._attention = [attention_options(block, self.family, self.config) for block in blocks]
         other = None if routed_dtype in (None, base.dtype) else copied(blocks, routed_dtype)
-        self.nbytes = _nbytes(model) + sum(map(_nbytes, other or []))
-        """Of all weights, in memory."""
-        self.own = Layers(blocks, self.family)
-        self.routed = self.own if other is None else Layers(other, self.family)
+        self._outside_layers = _nbytes(model) - sum(map(_nbytes, blocks))
+        self.stock_blocks = blocks
+        stock = StockLayers(blocks, self.family)
+        self.modules = stock.modules
+        self.num_layers = len(blocks)
+        self.own: Layers = stock
+        self.routed: Layers = stock if other is None else StockLayers(other, self.family)
 
     @classmethod
     def from_pretrained(
@@ -112,12 +118,12 @@ class Backbone:
     def spec(self) -> BaseSpec:
         return BaseSpec(
             model_type=self.config.model_type,
-            num_layers=len(self.own.blocks),
+            num_layers=self.num_layers,
             hidden_size=self.config.hidden_size,
             vocab_size=self.config.vocab_size,
             token_types=getattr(self.config, "type_vocab_size", 0),
             max_length=self.family.max_length(self.config),
-            modules=self.own.modules,
+            modules=self.modules,
             prefix=f"{self.family.root}.{self.family.layers}",
             head=self.family.head,
             generates=self.lm_head is not None,
@@ -139,10 +145,41 @@ class Backbone:
         """Whether all layers scale scores alike and see as far back, so that a call can serve several."""
         return len(set(self._attention)) == 1
 
-    def prepack(self) -> None:
-        """Lay the weights of all layers out for inference (`molex/prepack.py`); no gradients afterwards."""
-        self.own.prepack()
-        self.routed.prepack()
+    @property
+    def nbytes(self) -> int:
+        """Of all weights, in memory."""
+        return self._outside_layers + sum(layers.nbytes for layers in {self.own, self.routed})
+
+    def prepack(self, *, int8: bool = False, routed_int8: bool = False) -> None:
+        """Lay the weights of all layers out for inference; no gradients afterwards.
+
+        They run on the kernels of `molex/native` where the CPU has what those need, else as in
+        `molex/prepack.py`. With `int8` all layers have weights in 8 bits, with `routed_int8` those of the
+        routed branch, which are a second copy then. Raises BaseModelError where only the kernels could do
+        that, and they cannot run.
+        """
+        own, routed = self.own, self.routed
+        if not isinstance(own, StockLayers) or not isinstance(routed, StockLayers):
+            return
+        native = [layers for layers in (own, routed) if self._runs_natively(layers)]
+        if (int8 and own not in native) or (routed_int8 and routed not in native):
+            raise BaseModelError(
+                f"8-bit weights need the kernels, which {build.why_not(own.dtype, self.device)}"
+            )
+        self.own = self._prepacked(own, int8)
+        alike = routed is own and int8 == (int8 or routed_int8)
+        self.routed = self.own if alike else self._prepacked(routed, int8 or routed_int8)
+        for layers in native:
+            release(layers.blocks)
+
+    def _runs_natively(self, layers: StockLayers) -> bool:
+        return runs_natively(self.family, self.config) and build.why_not(layers.dtype, self.device) is None
+
+    def _prepacked(self, layers: StockLayers, int8: bool) -> Layers:
+        if self._runs_natively(layers):
+            return NativeLayers(layers.blocks, self.family, self.config, int8=int8)
+        layers.prepack()
+        return layers
 
     @torch.inference_mode()
     def warm_up(self, max_rows: int) -> None:
@@ -153,9 +190,10 @@ class Backbone:
         width = self.config.num_attention_heads * self.head_dim
         for layers in {self.own, self.routed}:
             for rows in layers.compiled_sizes(max_rows):
+                stage = Stage.of_the_base(rows, self.device)
                 x = torch.zeros(rows, self.config.hidden_size, dtype=layers.dtype, device=self.device)
-                layers.project(0, x, None)
-                layers.finish(0, x, x.new_zeros(rows, width), None)
+                layers.project(stage, [0], x)
+                layers.finish(stage, [0], x, x.new_zeros(rows, width))
 
     def embed(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
         """Token ids, positions and token types [n] → hidden states [n, d]."""
@@ -171,14 +209,15 @@ class Backbone:
 
     def attend(
         self,
-        layer: int,
+        layers: Layers,
+        number: int,
         projected: Tensor,
         packed: Packed,
         rotary: tuple[Tensor, Tensor] | None,
         kv: KVStreams | None,
         rows: Indices,
     ) -> Tensor:
-        """What lies between the halves of a layer, or of several if `layers_share_attention`.
+        """What lies between the halves of layer `number`, or of several if `layers_share_attention`.
 
         `projected` [n, (num_heads + 2 · num_kv_heads) · head_dim] and `rotary` belong to the tokens of
         `packed`. Returns [m, num_heads · head_dim] for its tokens `rows` [m].
@@ -186,8 +225,8 @@ class Backbone:
         heads = projected.view(len(projected), -1, self.head_dim)
         if rotary is not None:
             heads = _rotated(heads, self.num_kv_heads, *rotary)
-        scaling, window = self._attention[layer]
-        return packed_attention(heads, self.num_kv_heads, packed, kv, scaling, window, rows).flatten(-2)
+        scaling, window = self._attention[number]
+        return layers.attend(heads, self.num_kv_heads, packed, kv, scaling, window, rows).flatten(-2)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm after the last layer, where the family has one."""

@@ -24,7 +24,9 @@ class Family:
     `root` is the base model's attribute inside a task model, as PEFT's tensor names spell it, `layers` the
     path from there to the list of blocks, `attention` the path from a block to its attention; `projections`
     are the linear layers of a block that make queries, keys and values, `norm_before` the norm before them;
-    `finish` maps a block, its input and what attention returned to the block's output; `norm` is the norm
+    `finish` maps a block, its input and what attention returned to the block's output, with the linear layers
+    `join` after attention, `up` (two where one gates the other) and `down`, and the block's two `norms`;
+    `activation` is where the config names the function between `up` and `down`; `norm` is the norm
     after the last block; `rotary` says whether queries and keys are rotated; `max_length` is the longest
     sequence that the position table takes.
     """
@@ -35,11 +37,16 @@ class Family:
     head: HeadKind
     embed: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
     projections: tuple[str, ...]
+    join: str
+    up: tuple[str, ...]
+    down: str
+    norms: tuple[str, str]
     finish: Callable[[Any, Tensor, Tensor], Tensor]
     max_length: Callable[[Any], int]
     causal: bool = True
     norm_before: str | None = None
     norm: str | None = None
+    activation: str = "hidden_act"
     rotary: bool = False
 
 
@@ -85,6 +92,10 @@ _BERT = Family(
     head="bert",
     embed=_embed_bert,
     projections=("attention.self.query", "attention.self.key", "attention.self.value"),
+    join="attention.output.dense",
+    up=("intermediate.dense",),
+    down="output.dense",
+    norms=("attention.output.LayerNorm", "output.LayerNorm"),
     finish=_finish_bert,
     max_length=attrgetter("max_position_embeddings"),
     causal=False,
@@ -96,6 +107,10 @@ _LLAMA = Family(
     head="score",
     embed=_embed_llama,
     projections=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    join="self_attn.o_proj",
+    up=("mlp.gate_proj", "mlp.up_proj"),
+    down="mlp.down_proj",
+    norms=("input_layernorm", "post_attention_layernorm"),
     finish=_finish_llama,
     max_length=attrgetter("max_position_embeddings"),
     norm_before="input_layernorm",
@@ -119,10 +134,15 @@ FAMILIES: Mapping[str, Family] = {
         head="score",
         embed=_embed_gpt2,
         projections=("attn.c_attn",),
+        join="attn.c_proj",
+        up=("mlp.c_fc",),
+        down="mlp.c_proj",
+        norms=("ln_1", "ln_2"),
         finish=_finish_gpt2,
         max_length=attrgetter("max_position_embeddings"),
         norm_before="ln_1",
         norm="ln_f",
+        activation="activation_function",
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,

@@ -15,11 +15,12 @@ from molex.attention import KVStreams
 from molex.backbone import Backbone
 from molex.kv_cache import KVCache
 from molex.layers import Layers
-from molex.lora import ActiveLora, BatchLora
+from molex.lora import BatchLora
 from molex.mixing import mix
 from molex.packing import Indices, Packed, ranges
 from molex.routing import RoutePlan
 from molex.row import Row
+from molex.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -32,27 +33,6 @@ class LayerCall:
     layer: int
     requests: Indices
     choices: Indices
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What several layers read in one half of theirs, call by call.
-
-    `rows` lists the places to read among the tokens side by side, padded behind each call to `sizes` in all;
-    `tokens` are the rows of the batch's hidden states there, `counts` the numbers without padding and `lora`
-    the low-rank updates.
-    """
-
-    rows: Indices
-    tokens: Tensor
-    counts: list[int]
-    sizes: list[int]
-    lora: list[ActiveLora | None]
-
-    def read(self, hidden: Tensor) -> Sequence[Tensor]:
-        """The rows of each call."""
-        rows: Sequence[Tensor] = hidden.index_select(0, self.tokens).split(self.sizes)
-        return rows
 
 
 @dataclass(frozen=True)
@@ -140,7 +120,7 @@ class Forward:
         Behind the rows of the tokens z and z' have rows of padding, as many as `Backbone.padded_rows` wants.
         The last depth returns only the rows of tokens whose result is needed, in their order.
         """
-        last = depth == len(self.backbone.own.blocks) - 1
+        last = depth == self.backbone.num_layers - 1
         outputs = [
             output
             for layers, calls in self._calls(depth, plan)
@@ -148,7 +128,8 @@ class Forward:
         ]
         if plan.own is None:
             return outputs[0]
-        return mix(self._result if last else self.packed, plan, outputs[0], outputs[1:])
+        layout = self._result if last else self.packed
+        return mix(layout, plan, outputs[0], outputs[1:], self.backbone.own.weighted_sum)
 
     def _calls(self, depth: int, plan: RoutePlan) -> list[tuple[Layers, list[LayerCall]]]:
         """The own layer and the routed ones, those side by side that can share attention."""
@@ -163,31 +144,22 @@ class Forward:
 
     def _run(
         self, depth: int, layers: Layers, calls: Sequence[LayerCall], hidden: Tensor, *, last: bool
-    ) -> list[Tensor]:
+    ) -> Sequence[Tensor]:
         """The outputs of several layers, with one attention over all their rows."""
         arranged = self._arranged(calls, layers)
-        stage, inputs = arranged.stage, arranged.stage.read(hidden)
-        pieces = [
-            layers.project(call.layer, x, lora)[:count]
-            for call, x, lora, count in zip(calls, inputs, stage.lora, stage.counts, strict=True)
-        ]
-        projected = pieces[0] if len(calls) == 1 else torch.cat(pieces)
+        numbers = [call.layer for call in calls]
+        stage = arranged.stage
+        projected = layers.project(stage, numbers, hidden)
         if last and self._result.num_tokens < self.packed.num_tokens:
             requests = np.concatenate([call.requests for call in calls])
             first = arranged.packed.offsets + self._first_needed[requests]
             needed = ranges(first, self._result.lengths[requests])
             stage = self._stage(calls, layers, self._result, arranged.tokens, needed)
-            inputs = stage.read(hidden)
         kv = self._kv_streams(depth, calls)
         attended = self.backbone.attend(
-            calls[0].layer, projected, arranged.packed, arranged.rotary, kv, stage.rows
+            layers, numbers[0], projected, arranged.packed, arranged.rotary, kv, stage.rows
         )
-        return [
-            layers.finish(call.layer, x, piece, lora)
-            for call, x, piece, lora in zip(
-                calls, inputs, attended.split(stage.sizes), stage.lora, strict=True
-            )
-        ]
+        return layers.finish(stage, numbers, hidden, attended)
 
     def _arranged(self, calls: Sequence[LayerCall], layers: Layers) -> Arrangement:
         key = layers, tuple(call.requests.tobytes() for call in calls)
@@ -218,11 +190,8 @@ class Forward:
         counts = [int(layout.lengths[call.requests].sum()) for call in calls]
         sizes = [layers.padded_rows(count) for count in counts]
         rows = among[_padded(counts, sizes)]
-        lora = [
-            ActiveLora(self._lora, layout.segments(call.requests)) if self._lora.updates else None
-            for call in calls
-        ]
-        return Stage(rows, self._tensor(tokens[rows]), counts, sizes, lora)
+        runs = [layout.segments(call.requests) for call in calls]
+        return Stage(rows, self._tensor(tokens[rows]), counts, sizes, runs, self._lora)
 
     def _kv_streams(self, depth: int, calls: Sequence[LayerCall]) -> KVStreams | None:
         """Where the requests of the calls keep keys and values, side by side."""

@@ -27,6 +27,19 @@ class Gate(Protocol):
         ...
 
 
+def gate_logits(
+    gates: Sequence[Gate], lengths: Sequence[Sequence[int]], hidden: Tensor, tokens: Tensor
+) -> Tensor:
+    """Logits [n, T] of the rows `tokens` [n] of the hidden states [m, d].
+
+    They belong to requests side by side; `lengths[i]` lists the lengths of those of `gates[i]`.
+    """
+    pieces = hidden.index_select(0, tokens).split([sum(numbers) for numbers in lengths])
+    return torch.cat(
+        [gate.logits(piece, numbers) for gate, numbers, piece in zip(gates, lengths, pieces, strict=True)]
+    )
+
+
 class LinearGate:
     """g(z) = W z + b, with W [T, d] and b [T]."""
 

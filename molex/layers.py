@@ -3,19 +3,75 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from molex.attention import KVStreams, packed_attention
 from molex.family import Family
+from molex.gate import Gate, gate_logits
 from molex.lora import ActiveLora, AdaptedLinear, LoraSwitch
+from molex.packing import Indices, Packed
 from molex.prepack import can_prepack, in_and_out, padded_rows
 from molex.projections import Projections
+from molex.stage import Stage
+from molex.weighted_sum import Terms, summed_in_steps
 
 
-class Layers:
+class Layers(Protocol):
+    """T layers, any of which run on any rows.
+
+    A call of a half runs several layers, `numbers`, each on its own rows of the hidden states [m, d], which
+    the stage lists call by call.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all weights, in memory."""
+
+    def project(self, stage: Stage, numbers: Sequence[int], hidden: Tensor) -> Tensor:
+        """The first half: queries, keys and values side by side [n, e], without padding between calls."""
+
+    def finish(
+        self, stage: Stage, numbers: Sequence[int], hidden: Tensor, attended: Tensor
+    ) -> Sequence[Tensor]:
+        """The second half, from what attention returned for the rows: each call's output [rows, d]."""
+
+    def attend(
+        self,
+        heads: Tensor,
+        num_kv_heads: int,
+        packed: Packed,
+        kv: KVStreams | None,
+        scaling: float,
+        window: int | None,
+        rows: Indices,
+    ) -> Tensor:
+        """What lies between the halves; see `packed_attention`."""
+
+    def gate_logits(
+        self, gates: Sequence[Gate], lengths: Sequence[Sequence[int]], hidden: Tensor, tokens: Tensor
+    ) -> Tensor:
+        """The logits of gates on the rows `tokens` of the hidden states; see `molex.gate.gate_logits`."""
+
+    def weighted_sum(self, own: Tensor, routed: Tensor, terms: Terms, /) -> Tensor:
+        """The mixture of outputs; see `molex.weighted_sum.WeightedSum`."""
+
+    def padded_rows(self, rows: int) -> int:
+        """How many rows a call needs for `rows`; the others may hold anything."""
+
+    def compiled_sizes(self, max_rows: int) -> Sequence[int]:
+        """The numbers of rows up to `max_rows` that kernels are compiled for, one by one at first use."""
+
+
+class StockLayers:
     """The T blocks of a transformers model, whose linear layers add the low-rank updates of the batch.
 
     `modules` gives the linear layers of a block and their (inputs, outputs).
@@ -23,6 +79,7 @@ class Layers:
 
     def __init__(self, blocks: list[Any], family: Family) -> None:
         self.blocks = blocks
+        self.nbytes = sum(parameter.nbytes for block in blocks for parameter in block.parameters())
         self.switch = LoraSwitch()
         self.modules = _wrap_linear_layers(blocks, self.switch)
         self._family = family
@@ -48,22 +105,49 @@ class Layers:
                     module.prepack()
 
     def padded_rows(self, rows: int) -> int:
-        """How many rows to hand to `project` and `finish` for `rows`; the others may hold anything."""
         return padded_rows(rows) if self._prepacked else rows
 
-    def compiled_sizes(self, max_rows: int) -> list[int]:
-        """The numbers of rows up to `max_rows` that kernels are compiled for, one by one at first use."""
+    def compiled_sizes(self, max_rows: int) -> Sequence[int]:
         return sorted({padded_rows(rows) for rows in range(1, max_rows + 1)}) if self._prepacked else []
 
-    def project(self, layer: int, x: Tensor, lora: ActiveLora | None) -> Tensor:
-        """The first half of a layer: its input x [n, d] → queries, keys and values side by side [n, e]."""
-        if self._family.norm_before is not None:
-            x = getattr(self.blocks[layer], self._family.norm_before)(x)
-        return self.switch.call(lora, self._projections[layer], x)
+    def project(self, stage: Stage, numbers: Sequence[int], hidden: Tensor) -> Tensor:
+        calls = zip(numbers, stage.read(hidden), stage.active, stage.counts, strict=True)
+        pieces = [self._project(number, x, lora)[:count] for number, x, lora, count in calls]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def finish(self, layer: int, x: Tensor, attended: Tensor, lora: ActiveLora | None) -> Tensor:
-        """The second half: the input [n, d] and what attention returned → the layer's output [n, d]."""
-        return self.switch.call(lora, self._family.finish, self.blocks[layer], x, attended)
+    def finish(
+        self, stage: Stage, numbers: Sequence[int], hidden: Tensor, attended: Tensor
+    ) -> Sequence[Tensor]:
+        calls = zip(numbers, stage.read(hidden), attended.split(list(stage.sizes)), stage.active, strict=True)
+        return [
+            self.switch.call(lora, self._family.finish, self.blocks[number], x, piece)
+            for number, x, piece, lora in calls
+        ]
+
+    def attend(
+        self,
+        heads: Tensor,
+        num_kv_heads: int,
+        packed: Packed,
+        kv: KVStreams | None,
+        scaling: float,
+        window: int | None,
+        rows: Indices,
+    ) -> Tensor:
+        return packed_attention(heads, num_kv_heads, packed, kv, scaling, window, rows)
+
+    def gate_logits(
+        self, gates: Sequence[Gate], lengths: Sequence[Sequence[int]], hidden: Tensor, tokens: Tensor
+    ) -> Tensor:
+        return gate_logits(gates, lengths, hidden, tokens)
+
+    def weighted_sum(self, own: Tensor, routed: Tensor, terms: Terms, /) -> Tensor:
+        return summed_in_steps(own, routed, terms)
+
+    def _project(self, number: int, x: Tensor, lora: ActiveLora | None) -> Tensor:
+        if self._family.norm_before is not None:
+            x = getattr(self.blocks[number], self._family.norm_before)(x)
+        return self.switch.call(lora, self._projections[number], x)
 
 
 def copied(blocks: list[Any], dtype: torch.dtype) -> list[Any]:

@@ -42,7 +42,7 @@ class LowRank:
     scaling: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoraWeights:
     """The low-rank updates of one adapter. `dropout` acts on their inputs while gradients are taken."""
 

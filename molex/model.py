@@ -81,9 +81,12 @@ class MolexModel:
         """
         return cls(Backbone.from_pretrained(base, dtype, device, routed_dtype))
 
-    def prepack(self) -> None:
-        """Lay the base's weights out for speed where the CPU gains from it; no training afterwards."""
-        self.backbone.prepack()
+    def prepack(self, *, int8: bool = False, routed_int8: bool = False) -> None:
+        """Lay the base's weights out for speed where the CPU gains from it; no training afterwards.
+
+        See `Backbone.prepack` for weights in 8 bits.
+        """
+        self.backbone.prepack(int8=int8, routed_int8=routed_int8)
 
     def warm_up(self, max_rows: int) -> None:
         """Compile the matrix kernels of passes with up to `max_rows` tokens."""
@@ -194,7 +197,8 @@ class MolexModel:
         adapters = list({id(row.adapter): row.adapter for row in rows}.values())
         forward = Forward(rows, adapters, self._lora_of(adapters), cache, self.backbone, lm_logits)
         voters = [len(row.token_ids) if row.voters is None else row.voters for row in forward.rows]
-        router = Router(adapters, forward.packed, voters, [row.route for row in forward.rows])
+        pinned = [row.route for row in forward.rows]
+        router = Router(adapters, forward.packed, voters, pinned, self.backbone.own.gate_logits)
         hidden = forward.embed()
         distinct_layers = 0
         for depth in range(self.spec.num_layers):

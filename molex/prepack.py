@@ -44,7 +44,7 @@ class PrepackedLinear(nn.Module):
         They are each an `nn.Linear` or transformers `Conv1D`.
         """
         super().__init__()
-        weights, biases = zip(*map(_weight_and_bias, linears), strict=True)
+        weights, biases = zip(*map(weight_and_bias, linears), strict=True)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), TYPICAL_ROWS)
         self.bias = None if biases[0] is None else torch.cat(biases)
         # The overload itself: choosing it anew at each call takes some microseconds.
@@ -56,7 +56,7 @@ class PrepackedLinear(nn.Module):
         return self._linear(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
 
-def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+def weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """W [out, in] and b [out] of a layer."""
     assert isinstance(linear, nn.Linear | Conv1D)
     weight = linear.weight.detach()
@@ -66,5 +66,5 @@ def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def in_and_out(linear: nn.Module) -> tuple[int, int]:
     """The numbers of inputs and outputs of an `nn.Linear` or `Conv1D`."""
-    outputs, inputs = _weight_and_bias(linear)[0].shape
+    outputs, inputs = weight_and_bias(linear)[0].shape
     return inputs, outputs

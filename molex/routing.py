@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from molex.adapter import Adapter
 from molex.config import MolexConfig, VoteConfig
+from molex.gate import Gate, gate_logits
 from molex.packing import Indices, Packed, ranges, starts_of_runs
 
 SMALLEST_PROBABILITY = 1e-12
@@ -148,23 +149,27 @@ def load_balance(ballots: Ballots) -> Tensor:
 class _Electorate:
     """Requests that vote by one rule.
 
-    `tokens` are their voting tokens in order of the requests, None where those are all packed tokens;
-    `owners` says which of the requests each belongs to. `wards` lists the adapters, each with the numbers of
-    its voting tokens by request.
+    `tokens` are their voting tokens in order of the requests; `owners` says which of the requests each
+    belongs to. `wards` lists the adapters, each with the numbers of its voting tokens by request.
     """
 
     molex: MolexConfig
     requests: Indices
-    tokens: Tensor | None
+    tokens: Tensor
     owners: Tensor
     wards: list[tuple[Adapter, list[int]]]
+
+
+GateLogits = Callable[[Sequence[Gate], Sequence[Sequence[int]], Tensor, Tensor], Tensor]
+"""See `molex.gate.gate_logits`."""
 
 
 class Router:
     """The routes of one batch, depth by depth.
 
     `adapters` are the distinct adapters of the batch, which `packed.members` indexes; `voters[i]` is how many
-    leading tokens of request i vote; `pinned[i]` is its route, if it was decided in an earlier pass.
+    leading tokens of request i vote; `pinned[i]` is its route, if it was decided in an earlier pass;
+    `gate_logits` runs the gates.
     """
 
     def __init__(
@@ -173,8 +178,10 @@ class Router:
         packed: Packed,
         voters: Sequence[int],
         pinned: Sequence[Route | None],
+        gate_logits: GateLogits = gate_logits,
     ) -> None:
         self.adapters = adapters
+        self._gate_logits = gate_logits
         self.packed = packed
         self.voters = np.asarray(voters, dtype=np.int64)
         self.pinned = pinned
@@ -259,22 +266,16 @@ class Router:
         ]
         molex = wards[0][0].molex
         assert molex is not None
-        tokens = None
-        if voters.sum() < self.packed.num_tokens:
-            tokens = torch.from_numpy(ranges(self.packed.offsets[requests], voters)).to(self.packed.device)
+        tokens = torch.from_numpy(ranges(self.packed.offsets[requests], voters)).to(self.packed.device)
         owners = torch.from_numpy(np.repeat(np.arange(len(requests)), voters)).to(self.packed.device)
         return _Electorate(molex, requests, tokens, owners, wards)
 
     def _ballots(self, electorate: _Electorate, depth: int, hidden: Tensor) -> Ballots:
         """The gate of each adapter on its own voting tokens."""
-        tokens = electorate.tokens
-        voting = hidden[: self.packed.num_tokens] if tokens is None else hidden.index_select(0, tokens)
-        pieces = voting.split([sum(lengths) for _, lengths in electorate.wards])
-        logits = [
-            adapter.gates[depth].logits(piece, lengths)
-            for (adapter, lengths), piece in zip(electorate.wards, pieces, strict=True)
-        ]
-        return Ballots(torch.cat(logits), electorate.owners, len(electorate.requests))
+        gates = [adapter.gates[depth] for adapter, _ in electorate.wards]
+        lengths = [lengths for _, lengths in electorate.wards]
+        logits = self._gate_logits(gates, lengths, hidden, electorate.tokens)
+        return Ballots(logits, electorate.owners, len(electorate.requests))
 
     def _plan(self, depth: int, visits: Indices, shares: Tensor) -> RoutePlan:
         """`visits` [3, v] are requests, layers and choices, `shares` [v] their parts of the routed weight."""

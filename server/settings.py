@@ -33,12 +33,12 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    precision: Literal["auto", "fp32", "bf16", "fp64", "mixed"] = Field(
+    precision: Literal["auto", "fp32", "bf16", "int8", "fp64", "mixed"] = Field(
         "fp32",
-        description="Precision of the base models. mixed: fp32 with routed layers in bf16; "
-        "auto: bf16 where the CPU has instructions for it, else fp32.",
+        description="Precision of the base models. int8: weights of layers in 8 bits, all else in bf16 where "
+        "the CPU has instructions for it; mixed: fp32 with routed layers in bf16; auto: bf16 or else fp32.",
     )
-    routed_precision: Literal["fp32", "bf16", "fp64"] | None = Field(
+    routed_precision: Literal["fp32", "bf16", "int8", "fp64"] | None = Field(
         None, description="Precision of routed layers alone. Default: that of the others."
     )
     max_batch_tokens: int = Field(2048, ge=1, le=1_048_576, description="Token budget of one forward pass.")
@@ -86,6 +86,8 @@ class Settings(BaseSettings):
             raise ValueError("max_sequences must not exceed max_batch_tokens")
         if self.precision == "mixed" and self.routed_precision not in (None, "bf16"):
             raise ValueError("precision mixed has its routed layers in bf16: leave routed_precision out")
+        if self.precision == "int8" and self.routed_precision not in (None, "int8"):
+            raise ValueError("precision int8 has 8-bit weights in all layers: leave routed_precision out")
         return self
 
     @property

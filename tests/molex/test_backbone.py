@@ -12,8 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from molex import MolexModel, Row
 from molex.backbone import Backbone
 from molex.errors import BaseModelError
-from molex.layers import Layers
-from molex.prepack import can_prepack
+from molex.layers import StockLayers
 from tests.tiny import DECODERS, ENCODERS, HIDDEN, LAYERS, VOCAB, molex_config, random_adapter, random_ids
 
 PREFIXES = {
@@ -173,26 +172,26 @@ def test_weights_of_other_shapes_are_named(base_folder, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["roberta", "llama"])
-def test_a_warm_up_runs_each_padded_size_once_in_each_precision(base_folder, family, monkeypatch):
+def test_a_warm_up_runs_each_compiled_size_once_in_each_precision(base_folder, family, monkeypatch):
     model = MolexModel.from_pretrained(base_folder(family), routed_dtype=torch.bfloat16)
     model.prepack()
-    sizes = {layers.dtype: [] for layers in (model.backbone.own, model.backbone.routed)}
-    for layers in (model.backbone.own, model.backbone.routed):
+    both = (model.backbone.own, model.backbone.routed)
+    expected = {layers.dtype: list(layers.compiled_sizes(20)) for layers in both}
+    sizes = {layers.dtype: [] for layers in both}
+    for layers in both:
         project = layers.project
 
-        def spy(layer, x, lora, project=project):
-            sizes[x.dtype].append(len(x))
-            return project(layer, x, lora)
+        def spy(stage, numbers, hidden, project=project):
+            sizes[hidden.dtype].append(len(hidden))
+            return project(stage, numbers, hidden)
 
         monkeypatch.setattr(layers, "project", spy)
     model.warm_up(20)
-    expected = [*range(1, 17), 24]
-    prepacked = {dtype: can_prepack(dtype, model.device) for dtype in sizes}
-    assert sizes == {dtype: expected if prepacked[dtype] else [] for dtype in sizes}
+    assert sizes == expected
 
 
 def test_a_warm_up_is_free_where_no_kernels_are_compiled(base_folder, monkeypatch):
     model = MolexModel.from_pretrained(base_folder("llama"), dtype=torch.float64)
     model.prepack()
-    monkeypatch.delattr(Layers, "project")
+    monkeypatch.delattr(StockLayers, "project")
     model.warm_up(512)

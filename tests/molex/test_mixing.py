@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from molex.mixing import mix
 from molex.packing import Packed
 from molex.routing import RoutePlan
+from molex.weighted_sum import summed_in_steps
+from tests.molex.native.kernels import needs_kernels
 
 CPU = torch.device("cpu")
 WIDTH = 3
@@ -26,6 +28,13 @@ def batches(draw):
     return lengths, draw(st.lists(pairs, min_size=len(lengths), max_size=len(lengths)))
 
 
+def summed_natively(own, routed, terms):
+    return torch.ops.molex.weighted_sum(own, terms.own, routed, terms.rows, terms.weights)
+
+
+SUMS = [summed_in_steps, pytest.param(summed_natively, marks=needs_kernels)]
+
+
 def plan_of(chosen, generator, dtype=torch.float32):
     visits = sorted((layer, i, n) for i, layers in enumerate(chosen) for n, layer in enumerate(layers, 1))
     layers, requests, choices = np.array(visits, dtype=np.int64).reshape(-1, 3).T
@@ -33,8 +42,9 @@ def plan_of(chosen, generator, dtype=torch.float32):
     return RoutePlan(own, layers, requests, choices, weights)
 
 
+@pytest.mark.parametrize("weighted_sum", SUMS)
 @given(batch=batches(), padding=st.integers(0, 3), seed=st.integers(0, 99))
-def test_the_mixture_is_the_weighted_sum(batch, padding, seed):
+def test_the_mixture_is_the_weighted_sum(weighted_sum, batch, padding, seed):
     lengths, chosen = batch
     generator = torch.Generator().manual_seed(seed)
     layout = Packed(lengths, [0] * len(lengths), [0] * len(lengths), causal=False, device=CPU)
@@ -51,26 +61,29 @@ def test_the_mixture_is_the_weighted_sum(batch, padding, seed):
         for i in requests:
             expected[layout.tokens(np.array([i]))] += next(weights) * output[first : first + lengths[i]]
             first += lengths[i]
-    mixed = mix(layout, plan, own, routed)
+    mixed = mix(layout, plan, own, routed, weighted_sum)
     assert len(mixed) == len(own)
     torch.testing.assert_close(mixed[: layout.num_tokens], expected)
 
 
-def test_a_request_without_a_visit_is_untouched_by_what_others_got():
+@pytest.mark.parametrize("weighted_sum", SUMS)
+def test_a_request_without_a_visit_is_untouched_by_what_others_got(weighted_sum):
     layout = Packed([2, 1], [0, 0], [0, 0], causal=False, device=CPU)
     plan = plan_of([[1], []], torch.Generator().manual_seed(0))
-    mixed = mix(layout, plan, torch.ones(3, WIDTH), [torch.full((2, WIDTH), math.nan)])
+    mixed = mix(layout, plan, torch.ones(3, WIDTH), [torch.full((2, WIDTH), math.nan)], weighted_sum)
     assert mixed[:2].isnan().all()
     assert (mixed[2] == plan.own[1]).all()
 
 
-def test_bfloat16_is_rounded_once():
+@pytest.mark.parametrize("weighted_sum", SUMS)
+def test_bfloat16_is_rounded_once(weighted_sum):
     layout = Packed([1], [0], [0], causal=False, device=CPU)
     plan = RoutePlan(torch.tensor([0.95]), *np.array([[1], [0], [1]]), torch.tensor([0.05]))
     ones = torch.ones(1, WIDTH, dtype=torch.bfloat16)
     # 0.95 and 0.05 rounded to bfloat16 sum to less than 1.
-    assert torch.equal(mix(layout, plan, ones, [ones]), ones)
-    assert mix(layout, plan, ones, [ones]).dtype == torch.bfloat16
+    mixed = mix(layout, plan, ones, [ones], weighted_sum)
+    assert torch.equal(mixed, ones)
+    assert mixed.dtype == torch.bfloat16
 
 
 def test_gradients_reach_outputs_and_weights():
@@ -80,16 +93,16 @@ def test_gradients_reach_outputs_and_weights():
     leaves = [leaf.requires_grad_() for leaf in leaves]
 
     def run(own_weights, weights, own, *routed):
-        return mix(
-            layout, RoutePlan(own_weights, plan.layers, plan.requests, plan.choices, weights), own, routed
-        )
+        given = RoutePlan(own_weights, plan.layers, plan.requests, plan.choices, weights)
+        return mix(layout, given, own, routed, summed_in_steps)
 
     assert torch.autograd.gradcheck(run, leaves)
 
 
+@pytest.mark.parametrize("weighted_sum", SUMS)
 @pytest.mark.parametrize("count", [1, 2])
-def test_where_nobody_visits_only_the_own_weight_counts(count):
+def test_where_nobody_visits_only_the_own_weight_counts(count, weighted_sum):
     layout = Packed([1] * count, [0] * count, [0] * count, causal=False, device=CPU)
     plan = plan_of([[]] * count, torch.Generator().manual_seed(1))
-    mixed = mix(layout, plan, torch.ones(count, WIDTH), [])
+    mixed = mix(layout, plan, torch.ones(count, WIDTH), [], weighted_sum)
     torch.testing.assert_close(mixed, plan.own[:, None].expand(count, WIDTH))

@@ -51,3 +51,30 @@ def test_auto_takes_float32_elsewhere_and_leaves_routed_layers_to_their_setting(
 def test_mixed_contradicts_another_precision_of_routed_layers():
     with pytest.raises(ValueError, match="leave routed_precision out"):
         chosen(precision="mixed", routed_precision="fp32")
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights", "words"),
+    [
+        ({"precision": "int8"}, (True, False), "bfloat16 with weights in 8 bits (as set)"),
+        (
+            {"precision": "fp32", "routed_precision": "int8"},
+            (False, True),
+            "float32, routed layers in float32 with weights in 8 bits (as set)",
+        ),
+        ({"precision": "bf16"}, (False, False), "bfloat16 (as set)"),
+    ],
+)
+def test_8_bits_are_those_of_weights(settings, weights, words):
+    precision = chosen({"avx512_bf16": True}, **settings)
+    assert (precision.int8, precision.routed_int8) == weights
+    assert str(precision) == words
+
+
+def test_8_bits_leave_activations_in_float32_where_the_cpu_has_no_bfloat16():
+    assert chosen({"avx2": True}, precision="int8").own == FLOAT32
+
+
+def test_int8_contradicts_another_precision_of_routed_layers():
+    with pytest.raises(ValueError, match="leave routed_precision out"):
+        chosen(precision="int8", routed_precision="bf16")

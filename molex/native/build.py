@@ -1,0 +1,97 @@
+"""Compiles the kernels at their first use on a machine, and loads them.
+
+They are C++ on top of PyTorch: its threads and its `brgemm`, oneDNN's product of blocks, which uses AMX,
+AVX-512 and VNNI where the CPU has them. Compiling takes half a minute; the result is kept in
+$XDG_CACHE_HOME/molex-serve, by default ~/.cache/molex-serve.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).parent / "src"
+COMPILER = "c++"
+FLAGS = (
+    "-O3",
+    "-std=c++20",
+    "-march=x86-64-v4",
+    "-mprefer-vector-width=512",
+    # Nobody reads errno or floating-point exceptions. NaN and infinity keep their meaning.
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+)
+
+log = logging.getLogger(__name__)
+
+
+def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why layers of a precision cannot run on the kernels; None where they can."""
+    if device.type != "cpu" or platform.machine() != "x86_64":
+        return "run on x86-64 alone"
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return "need a CPU with AVX-512"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return "compute in float32 and bfloat16 alone"
+    if dtype == torch.bfloat16 and not torch.cpu.get_capabilities().get("avx512_bf16"):
+        return "need a CPU with AVX-512's bfloat16 products for that precision"
+    return load()
+
+
+@cache
+def load() -> str | None:
+    """Load the kernels, compiled now if they never were; returns why that failed, or None."""
+    try:
+        torch.classes.load_library(str(library()))
+    except (OSError, RuntimeError) as error:
+        log.warning("layers run on PyTorch alone, because its kernels could not be built: %s", error)
+        return f"could not be built: {error}"
+    return None
+
+
+def library() -> Path:
+    """The compiled kernels, from the cache if they are there. Raises OSError where they can't be compiled."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "molex-serve"
+    compiled = folder / f"kernels-{_digest()}.so"
+    if not compiled.exists():
+        if shutil.which(COMPILER) is None:
+            raise OSError(f"there is no {COMPILER} on the PATH")
+        log.info("compiling the kernels, which takes half a minute at the first start")
+        folder.mkdir(parents=True, exist_ok=True)
+        # Several processes may start at once: each compiles into a file of its own, and the last one stays.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            output = Path(scratch) / compiled.name
+            _compile(output)
+            output.replace(compiled)
+    return compiled
+
+
+def _compile(output: Path) -> None:
+    torch_folder = Path(torch.__file__).parent
+    include, lib = torch_folder / "include", torch_folder / "lib"
+    paths = [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", f"-L{lib}"]
+    command = [COMPILER, *FLAGS, *paths, str(SOURCES / "layers.cpp"), "-o", str(output)]
+    done = subprocess.run([*command, "-ltorch", "-ltorch_cpu", "-lc10"], capture_output=True, text=True)
+    if done.returncode != 0:
+        log.debug("%s", done.stderr)
+        raise OSError(f"{COMPILER} failed: {done.stderr.strip().splitlines()[-1]}")
+
+
+def _digest() -> str:
+    """Of everything that the compiled library depends on."""
+    digest = hashlib.sha256(repr((FLAGS, torch.__version__)).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]

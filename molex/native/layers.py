@@ -1,0 +1,211 @@
+"""Layers on the kernels: all layer calls of a depth, and all adapters in them, in one call a half."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from molex.attention import KVStreams, packed_attention
+from molex.family import Family
+from molex.gate import Gate, LinearGate, gate_logits
+from molex.lora import AdaptedLinear, BatchLora, LoraWeights
+from molex.native.weights import PackedLinear, pack
+from molex.packing import Indices, Packed
+from molex.stage import Stage
+from molex.weighted_sum import Terms
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""transformers' names of the functions that the kernels know."""
+
+# The fields of `Factors` in low_rank.h: the addresses of A and Bᵀ, the rank, the outputs, the scaling.
+FACTOR_FIELDS = 5
+LARGEST_BLOCK = 64
+"""Rows that the kernels take at a time."""
+
+
+class FactorTable:
+    """Where the factors of one adapter lie in memory, for the kernels: `fields` [sites, 5].
+
+    It keeps the tensors that the addresses are of, but for those that belong to the adapter itself.
+    """
+
+    def __init__(self, lora: LoraWeights, places: Mapping[str, int], num_layers: int) -> None:
+        """`places` numbers the linear layers of a block."""
+        fields = np.zeros((num_layers * len(places), FACTOR_FIELDS), dtype=np.int64)
+        self._kept: list[Tensor] = []
+        for (layer, module), update in lora.updates.items():
+            a, b = update.a.detach().float().contiguous(), update.b.detach().float().T.contiguous()
+            self._kept += [a, b]
+            scaling = np.float64(update.scaling).view(np.int64)
+            site = layer * len(places) + places[module]
+            fields[site] = a.data_ptr(), b.data_ptr(), len(a), b.shape[1], scaling
+        self.fields = torch.from_numpy(fields)
+
+
+class NativeLayers:
+    """The layers of a base model with packed weights, in float32 or bfloat16, or with weights in 8 bits.
+
+    With 8-bit weights the rows that they multiply are rounded to 8 bits too, each on its own scale. No
+    gradients.
+    """
+
+    def __init__(self, blocks: Sequence[Any], family: Family, config: Any, *, int8: bool) -> None:
+        """Pack the weights of blocks whose linear layers are wrapped (`StockLayers`)."""
+        names = [name for name, m in blocks[0].named_modules() if isinstance(m, AdaptedLinear)]
+        self._places = {name: place for place, name in enumerate(names)}
+        self._family = family
+        self.dtype: torch.dtype = next(blocks[0].parameters()).dtype
+        self.nbytes = 0
+        norm_after = family.norm_before is None
+        eps = _eps(blocks[0].get_submodule(family.norms[0]))
+        activation = ACTIVATIONS[getattr(config, family.activation)]
+        self._packed = torch.classes.molex.PackedLayers(
+            self.dtype == torch.bfloat16, activation, len(family.up) == 2, norm_after, eps, len(names)
+        )
+        for block in blocks:
+            self._add(block, int8)
+        self._num_layers = len(blocks)
+        self._tables: WeakKeyDictionary[LoraWeights, FactorTable] = WeakKeyDictionary()
+        self._factors: tuple[BatchLora, Tensor] | None = None
+
+    def _add(self, block: Any, int8: bool) -> None:
+        family = self._family
+        parts = [family.projections, (family.join,), family.up, (family.down,)]
+        linears: list[PackedLinear] = []
+        for number, names in enumerate(parts):
+            modules = [attrgetter(name)(block).base for name in names]
+            sites = [self._places[name] for name in names]
+            linears.append(pack(modules, sites, gated=number == 2 and len(names) == 2, int8=int8))
+        norms = [_norm(block.get_submodule(name)) for name in family.norms]
+        self._packed.add([linear.tensors for linear in linears], [linear.inputs for linear in linears], norms)
+        self.nbytes += sum(linear.nbytes for linear in linears)
+        self.nbytes += sum(tensor.nbytes for norm in norms for tensor in norm)
+
+    def padded_rows(self, rows: int) -> int:
+        return rows
+
+    def compiled_sizes(self, max_rows: int) -> Sequence[int]:
+        """The kernels pad blocks of rows to multiples of 8 themselves."""
+        sizes = [1, 2, 3, 4, *range(8, LARGEST_BLOCK + 1, 8)]
+        return [size for size in sizes if size <= max_rows]
+
+    def project(self, stage: Stage, numbers: Sequence[int], hidden: Tensor) -> Tensor:
+        result: Tensor = self._packed.project(
+            hidden,
+            stage.tokens,
+            _calls(stage, numbers),
+            stage.runs_side_by_side,
+            self._factors_of(stage.lora),
+        )
+        return result
+
+    def finish(
+        self, stage: Stage, numbers: Sequence[int], hidden: Tensor, attended: Tensor
+    ) -> Sequence[Tensor]:
+        calls, runs = _calls(stage, numbers), stage.runs_side_by_side
+        factors = self._factors_of(stage.lora)
+        result: Tensor = self._packed.finish(hidden, stage.tokens, attended, calls, runs, factors)
+        outputs: Sequence[Tensor] = result.split(list(stage.sizes))
+        return outputs
+
+    def attend(
+        self,
+        heads: Tensor,
+        num_kv_heads: int,
+        packed: Packed,
+        kv: KVStreams | None,
+        scaling: float,
+        window: int | None,
+        rows: Indices,
+    ) -> Tensor:
+        if packed.past.any():
+            return packed_attention(heads, num_kv_heads, packed, kv, scaling, window, rows)
+        if kv is not None:
+            kv.write(packed, *heads[:, -2 * num_kv_heads :].split(num_kv_heads, dim=1))
+        offsets = torch.from_numpy(np.append(packed.offsets, packed.num_tokens))
+        output: Tensor = torch.ops.molex.attend(
+            heads, offsets, num_kv_heads, scaling, packed.causal, window or 0
+        )
+        return output if len(rows) == len(output) else output.index_select(0, torch.from_numpy(rows))
+
+    def gate_logits(
+        self, gates: Sequence[Gate], lengths: Sequence[Sequence[int]], hidden: Tensor, tokens: Tensor
+    ) -> Tensor:
+        if not all(_is_linear(gate) for gate in gates):
+            return gate_logits(gates, lengths, hidden, tokens)
+        one = int(np.float64(1).view(np.int64))
+        fields = [
+            (gate.weight.data_ptr(), gate.bias.data_ptr(), self._num_layers, 0, one)
+            for gate in gates
+            if isinstance(gate, LinearGate)
+        ]
+        counts = torch.tensor([sum(numbers) for numbers in lengths])
+        logits: Tensor = torch.ops.molex.gate_logits(
+            hidden, tokens, counts, torch.tensor(fields), self._num_layers
+        )
+        return logits
+
+    def weighted_sum(self, own: Tensor, routed: Tensor, terms: Terms, /) -> Tensor:
+        routed = routed if routed.dtype == torch.bfloat16 else routed.float()
+        result: Tensor = torch.ops.molex.weighted_sum(
+            own, terms.own.float(), routed, terms.rows, terms.weights.float()
+        )
+        return result
+
+    def _factors_of(self, lora: BatchLora) -> Tensor:
+        """The tables of the batch's adapters [members, sites, 5]."""
+        if self._factors is None or self._factors[0] is not lora:
+            tables = [self._table(weights).fields for weights in lora.adapters]
+            sites = self._num_layers * len(self._places)
+            empty = torch.empty(0, sites, FACTOR_FIELDS, dtype=torch.int64)
+            self._factors = (lora, torch.stack(tables) if tables else empty)
+        return self._factors[1]
+
+    def _table(self, lora: LoraWeights) -> FactorTable:
+        if lora not in self._tables:
+            self._tables[lora] = FactorTable(lora, self._places, self._num_layers)
+        return self._tables[lora]
+
+
+def runs_natively(family: Family, config: Any) -> bool:
+    """Whether the kernels know the function between the two halves of the feed-forward part."""
+    return getattr(config, family.activation) in ACTIVATIONS
+
+
+def release(blocks: Sequence[Any]) -> None:
+    """Let go of linear layers whose weights have been packed."""
+    for block in blocks:
+        for module in block.modules():
+            if isinstance(module, AdaptedLinear):
+                module.base = nn.Identity()
+
+
+def _is_linear(gate: Gate) -> bool:
+    return isinstance(gate, LinearGate) and gate.weight.dtype == torch.float32 and gate.weight.is_contiguous()
+
+
+def _calls(stage: Stage, numbers: Sequence[int]) -> Tensor:
+    return torch.tensor([numbers, stage.counts]).T
+
+
+def _norm(module: Any) -> list[Tensor]:
+    """[weight, bias] of a LayerNorm, [weight] of an RMSNorm, which the kernels read in float32."""
+    tensors = [module.weight] if getattr(module, "bias", None) is None else [module.weight, module.bias]
+    return [tensor.detach().float().contiguous() for tensor in tensors]
+
+
+def _eps(module: Any) -> float:
+    return float(module.eps if isinstance(module, nn.LayerNorm) else module.variance_epsilon)

@@ -1,0 +1,144 @@
+// Attention of requests that lie side by side, each to its own tokens.
+#pragma once
+
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "elementwise.h"
+#include "linear.h"
+
+namespace molex {
+
+// Keys of a step of the running softmax.
+constexpr int64_t kKeys = 64;
+
+struct AttentionShape {
+  int64_t num_heads, num_kv_heads, head_dim;
+  float scaling;
+  bool causal;
+  int64_t window;  // tokens that each sees, itself included; 0: all
+
+  int64_t columns() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
+};
+
+// The keys lo..hi of a tile, by their places in it, that a query may see.
+struct Visible {
+  Visible(const AttentionShape& shape, int64_t query, int64_t first_key, int64_t keys) : lo(0), hi(keys) {
+    if (shape.causal) hi = std::clamp(query + 1 - first_key, int64_t{0}, keys);
+    if (shape.window) lo = std::clamp(query + 1 - shape.window - first_key, int64_t{0}, hi);
+  }
+  int64_t lo, hi;
+};
+
+// A kernel is compiled for each number of keys: three have to do.
+inline int64_t padded_keys(int64_t keys) { return keys <= 16 ? 16 : (keys <= 32 ? 32 : kKeys); }
+
+// Keys and values of one head in float32: each tile of keys transposed, [head_dim, padded], and padding zero.
+struct HeadMemory {
+  template <class T>
+  void load(const T* keys, const T* values, int64_t stride, int64_t count, int64_t dim) {
+    const int64_t tiles = (count + kKeys - 1) / kKeys;
+    transposed.assign(tiles * kKeys * dim, 0.0f);
+    rows.assign(tiles * kKeys * dim, 0.0f);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t tile = i / kKeys, width = padded_keys(std::min(kKeys, count - tile * kKeys));
+      float* column = transposed.data() + tile * kKeys * dim + i % kKeys;
+      for (int64_t c = 0; c < dim; ++c) column[c * width] = static_cast<float>(keys[i * stride + c]);
+      for (int64_t c = 0; c < dim; ++c) rows[i * dim + c] = static_cast<float>(values[i * stride + c]);
+    }
+  }
+  std::vector<float> transposed, rows;
+};
+
+// A block of queries of one head, and the softmax of their scores as far as it has come (Milakov and
+// Gimelshein, 2018): outputs are sums of values times exp(score − largest), to be divided by `total`.
+struct Softmax {
+  void start(int64_t rows, int64_t dim) {
+    queries.resize(kMaxRows * dim), outputs.assign(kMaxRows * dim, 0.0f);
+    scores.resize(kMaxRows * kKeys);
+    std::fill_n(largest, rows, -std::numeric_limits<float>::infinity());
+    std::fill_n(total, rows, 0.0f);
+  }
+
+  // Turn the scores of a row into weights, and scale what was summed up before to the new maximum.
+  void weigh(int64_t row, const Visible& visible, int64_t padded, int64_t dim) {
+    float* x = scores.data() + row * padded;
+    float most = largest[row];
+    for (int64_t j = visible.lo; j < visible.hi; ++j) most = x[j] > most ? x[j] : most;
+    if (visible.lo < visible.hi && most > largest[row] && total[row] != 0.0f) {
+      const float factor = exponential(largest[row] - most);
+      total[row] *= factor;
+      for (int64_t c = 0; c < dim; ++c) outputs[row * dim + c] *= factor;
+    }
+    largest[row] = most;
+    float sum = 0.0f;
+    std::fill(x, x + visible.lo, 0.0f);
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = visible.lo; j < visible.hi; ++j) sum += x[j] = exponential(x[j] - most);
+    std::fill(x + visible.hi, x + padded, 0.0f);
+    total[row] += sum;
+  }
+
+  std::vector<float> queries, outputs, scores;
+  float largest[kMaxRows], total[kMaxRows];
+};
+
+struct AttentionScratch {
+  HeadMemory memory;
+  Softmax softmax;
+};
+
+// The queries first..first + rows of a request with `count` tokens, of one head.
+template <class T>
+void attend_block(const AttentionShape& shape, const T* queries, int64_t first, int64_t rows, int64_t count,
+                  AttentionScratch& scratch, T* result) {
+  const int64_t dim = shape.head_dim, m = padded_rows(rows);
+  Softmax& softmax = scratch.softmax;
+  softmax.start(rows, dim);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < dim; ++c)
+      softmax.queries[r * dim + c] = static_cast<float>(queries[(first + r) * shape.columns() + c]) * shape.scaling;
+  const int64_t end = shape.causal ? std::min(count, first + rows) : count;
+  for (int64_t key = 0; key < end; key += kKeys) {
+    const int64_t keys = std::min(kKeys, count - key), padded = padded_keys(keys);
+    at::native::cpublas::brgemm(m, padded, dim, dim, padded, padded, false, softmax.queries.data(),
+                                scratch.memory.transposed.data() + key * dim, softmax.scores.data());
+    for (int64_t r = 0; r < rows; ++r) softmax.weigh(r, Visible(shape, first + r, key, keys), padded, dim);
+    at::native::cpublas::brgemm(m, dim, padded, padded, dim, dim, true, softmax.scores.data(),
+                                scratch.memory.rows.data() + key * dim, softmax.outputs.data());
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < dim; ++c)
+      result[(first + r) * shape.num_heads * dim + c] =
+          static_cast<T>(softmax.outputs[r * dim + c] / softmax.total[r]);
+}
+
+// `heads` [n, columns] holds queries, keys and values of each token, request i those from offsets[i] to
+// offsets[i + 1]. Writes [n, num_heads · head_dim].
+template <class T>
+void attend(const AttentionShape& shape, const T* heads, const int64_t* offsets, int64_t requests, T* result) {
+  const int64_t dim = shape.head_dim, shared = shape.num_heads / shape.num_kv_heads;
+#pragma omp parallel num_threads(at::get_num_threads())
+  {
+    static thread_local AttentionScratch scratch;
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < requests * shape.num_kv_heads; ++item) {
+      const int64_t request = item / shape.num_kv_heads, kv_head = item % shape.num_kv_heads;
+      const int64_t count = offsets[request + 1] - offsets[request];
+      const T* tokens = heads + offsets[request] * shape.columns();
+      const T* keys = tokens + (shape.num_heads + kv_head) * dim;
+      scratch.memory.load(keys, keys + shape.num_kv_heads * dim, shape.columns(), count, dim);
+      for (int64_t head = kv_head * shared; head < (kv_head + 1) * shared; ++head)
+        for (int64_t first = 0; first < count; first += kMaxRows)
+          attend_block(shape, tokens + head * dim, first, std::min(kMaxRows, count - first), count, scratch,
+                       result + (offsets[request] * shape.num_heads + head) * dim);
+    }
+  }
+}
+
+}  // namespace molex

@@ -1,0 +1,96 @@
+// Functions of single values and rows, written so that the compiler makes vectors of them.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+// A call in a loop keeps the compiler from making vectors of it.
+#define MOLEX_INLINE [[gnu::always_inline]] inline
+
+namespace molex {
+
+// exp(x) to two units in the last place, NaN for NaN. Cody and Waite's reduction, then a polynomial.
+MOLEX_INLINE float exponential(float x) {
+  const float clamped = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+  const float n = std::floor(clamped * 1.44269504f + 0.5f);
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
+}
+
+// 0.5 · x · (1 + erf(x / √2)). erf as in Abramowitz and Stegun, 7.1.26: within 1.5e-7.
+MOLEX_INLINE float gelu(float x) {
+  const float z = std::fabs(x) * 0.70710678f;
+  const float t = 1.0f / (1.0f + 0.3275911f * z);
+  float p = 1.061405429f;
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const float tail = 0.5f * p * t * exponential(-z * z);
+  return x * (x < 0.0f ? tail : 1.0f - tail);
+}
+
+MOLEX_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// 0.5 · x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))), and 1 + tanh(u) = 2 · sigmoid(2u).
+MOLEX_INLINE float gelu_tanh(float x) { return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x)); }
+
+MOLEX_INLINE float silu(float x) { return x * sigmoid(x); }
+
+struct Norm {
+  const float* weight = nullptr;
+  const float* bias = nullptr;  // nullptr for RMSNorm, which takes no mean off either
+  float eps = 0.0f;
+};
+
+// The norm of one row [n], into values of type T.
+template <class T>
+void normalize(const float* x, T* y, int64_t n, const Norm& norm) {
+  float mean = 0.0f;
+  if (norm.bias) {
+#pragma omp simd reduction(+ : mean)
+    for (int64_t i = 0; i < n; ++i) mean += x[i];
+    mean /= static_cast<float>(n);
+  }
+  float square = 0.0f;
+#pragma omp simd reduction(+ : square)
+  for (int64_t i = 0; i < n; ++i) square += (x[i] - mean) * (x[i] - mean);
+  const float factor = 1.0f / std::sqrt(square / static_cast<float>(n) + norm.eps);
+  if (norm.bias) {
+    for (int64_t i = 0; i < n; ++i)
+      y[i] = static_cast<T>((x[i] - mean) * factor * norm.weight[i] + norm.bias[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(x[i] * factor * norm.weight[i]);
+  }
+}
+
+// One row [n] as unsigned bytes q, where x ≈ scale · (q − 128); returns the scale.
+// It is NaN where a value is not finite, so that what is wrong with a row stays visible.
+template <class T>
+float quantize(const T* x, uint8_t* q, int64_t n) {
+  float largest = 0.0f, poison = 0.0f;
+#pragma omp simd reduction(max : largest) reduction(+ : poison)
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = static_cast<float>(x[i]);
+    const float size = std::fabs(value);
+    largest = size > largest ? size : largest;
+    poison += value * 0.0f;
+  }
+  const float scale = largest / 127.0f, inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+  for (int64_t i = 0; i < n; ++i)
+    q[i] = static_cast<uint8_t>(
+        static_cast<int32_t>(std::floor(static_cast<float>(x[i]) * inverse + 128.5f)));
+  return scale + poison;
+}
+
+}  // namespace molex

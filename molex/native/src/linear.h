@@ -1,0 +1,133 @@
+// Products of a block of rows with packed weights, tile by tile, and what is added to a tile.
+#pragma once
+
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "elementwise.h"
+#include "low_rank.h"
+#include "team.h"
+
+namespace molex {
+
+// Columns of a tile. 64 rows of it in float32 fit the first cache of a core.
+constexpr int64_t kTile = 64;
+
+// Neighbouring columns of one tile that belong to one linear layer of the stock block.
+struct Piece {
+  int64_t site;    // which layer of the block
+  int64_t begin;   // first column in the tile
+  int64_t column;  // the same column among the outputs of the site
+  int64_t width;
+  int64_t output;  // the same column in what is written
+};
+
+enum class Weights { kSame, kInt8 };  // as the activations, or 8 bits
+
+// One or several linear layers with the same input: y = x Wᵀ + b.
+struct Linear {
+  Linear() = default;
+  // `weights` [tiles, padded inputs, kTile] in the order that the kernels read, in bfloat16 two and in 8 bits
+  // four inputs next to each other; `bias` [tiles · kTile]; `scales` [tiles · kTile] in 8 bits, else empty;
+  // `pieces` [n, 6]: the tile, then a Piece.
+  Linear(at::Tensor weights, at::Tensor bias, at::Tensor scales, const at::Tensor& pieces, int64_t inputs);
+
+  int64_t tiles() const { return weights.size(0); }
+  int64_t stride() const { return weights.size(1); }
+
+  at::Tensor weights, bias, scales, offsets;
+  std::vector<std::vector<Piece>> pieces;  // of each tile
+  std::vector<int64_t> sites;
+  int64_t inputs = 0;
+  Weights kind = Weights::kSame;
+};
+
+inline Linear::Linear(
+    at::Tensor weights_, at::Tensor bias_, at::Tensor scales_, const at::Tensor& pieces_, int64_t inputs_)
+    : weights(std::move(weights_)), bias(std::move(bias_)), scales(std::move(scales_)), inputs(inputs_) {
+  kind = weights.scalar_type() == at::kChar ? Weights::kInt8 : Weights::kSame;
+  // Rows are shifted by 128 to be unsigned: what that adds to each column is taken off again.
+  if (kind == Weights::kInt8)
+    offsets = weights.view({tiles(), stride() / 4, kTile, 4}).sum({1, 3}, false, at::kInt).mul_(128).contiguous();
+  pieces.resize(tiles());
+  auto given = pieces_.accessor<int64_t, 2>();
+  for (int64_t i = 0; i < given.size(0); ++i) {
+    pieces[given[i][0]].push_back({given[i][1], given[i][2], given[i][3], given[i][4], given[i][5]});
+    if (std::find(sites.begin(), sites.end(), given[i][1]) == sites.end()) sites.push_back(given[i][1]);
+  }
+}
+
+// Rows of a block on their way through a product. Behind its columns each row has zeros up to `stride`.
+template <class T>
+struct Operand {
+  void resize(int64_t max_rows, int64_t columns_) {
+    columns = columns_;
+    stride = (columns + 3) / 4 * 4;
+    if (static_cast<int64_t>(values.size()) < max_rows * stride) values.resize(max_rows * stride);
+    if (static_cast<int64_t>(bytes.size()) < max_rows * stride) bytes.resize(max_rows * stride);
+    if (static_cast<int64_t>(scales.size()) < max_rows) scales.resize(max_rows);
+  }
+  T* row(int64_t i) { return values.data() + i * stride; }
+  const T* row(int64_t i) const { return values.data() + i * stride; }
+
+  int64_t columns = 0, stride = 0;
+  std::vector<T> values;
+  std::vector<uint8_t> bytes;  // the values in 8 bits, where a product wants them
+  std::vector<float> scales;
+};
+
+// A kernel is compiled for each number of rows: a few numbers have to do.
+inline int64_t padded_rows(int64_t rows) { return rows <= 4 ? rows : (rows + 7) / 8 * 8; }
+
+template <class T>
+void tile_product(const Linear& linear, const Operand<T>& x, int64_t rows, int64_t tile, float* c) {
+  const int64_t k = linear.stride(), m = padded_rows(rows);
+  if (linear.kind == Weights::kSame) {
+    const T* w = linear.weights.const_data_ptr<T>() + tile * k * kTile;
+    at::native::cpublas::brgemm(
+        m, kTile, k, x.stride, kTile, kTile, false, x.values.data(), w, c, std::is_same_v<T, at::BFloat16>);
+    return;
+  }
+  auto* sums = reinterpret_cast<int32_t*>(c);
+  const auto* w = reinterpret_cast<const signed char*>(linear.weights.const_data_ptr<int8_t>()) + tile * k * kTile;
+  at::native::cpublas::brgemm(m, kTile, k, x.stride, kTile, kTile, false, x.bytes.data(), w, sums, true);
+  const int32_t* offset = linear.offsets.const_data_ptr<int32_t>() + tile * kTile;
+  const float* scale = linear.scales.const_data_ptr<float>() + tile * kTile;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < kTile; ++j)
+      c[r * kTile + j] =
+          static_cast<float>(sums[r * kTile + j] - offset[j]) * (x.scales[r] * scale[j]);
+}
+
+// Multiply the block's rows x with a layer's weights, add bias and low-rank updates, and call
+// finish(pieces, c) for each tile c [rows, kTile]. A barrier must follow before anyone reads what it wrote.
+template <class T, class Finish>
+void multiply(
+    const Linear& linear, Operand<T>& x, const BlockUpdates& updates, const Team& team,
+    NarrowRows& narrow, const Finish& finish) {
+  const int64_t rows = updates.rows;
+  if (linear.kind == Weights::kInt8)
+    team.share(rows, [&](int64_t r) {
+      x.scales[r] = quantize(x.row(r), x.bytes.data() + r * x.stride, x.columns);
+    });
+  const bool adapted = narrow_rows(linear.sites, x, updates, team, narrow);
+  if (linear.kind == Weights::kInt8 || adapted) team.barrier();
+  // With the tile in the first cache of the core that computes it.
+  alignas(64) thread_local static float c[kMaxRows * kTile];
+  const float* bias = linear.bias.const_data_ptr<float>();
+  team.share(linear.tiles(), [&](int64_t tile) {
+    tile_product(linear, x, rows, tile, c);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < kTile; ++j) c[r * kTile + j] += bias[tile * kTile + j];
+    const auto& pieces = linear.pieces[tile];
+    if (adapted)
+      for (const Piece& piece : pieces)
+        widen_rows(piece.site, updates, narrow, piece.column, piece.width, c + piece.begin, kTile);
+    finish(pieces, c);
+  });
+}
+
+}  // namespace molex

@@ -1,0 +1,68 @@
+"""Compiling the kernels, and doing without them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from molex import MolexModel
+from molex.layers import StockLayers
+from molex.native import build
+from tests.molex.native.kernels import CPU, needs_kernels
+
+
+@pytest.fixture
+def fresh_cache(monkeypatch, tmp_path):
+    """No library has been compiled or loaded yet; nothing is loaded twice into this process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "load", build.load.__wrapped__)
+    loaded = []
+    monkeypatch.setattr(torch.classes, "load_library", loaded.append)
+    return loaded
+
+
+def test_a_library_is_compiled_once(fresh_cache, monkeypatch):
+    calls = []
+    monkeypatch.setattr(build, "_compile", lambda output: (calls.append(output), output.touch()))
+    assert build.load() is None
+    assert build.load() is None
+    assert len(calls) == 1
+    assert len(set(fresh_cache)) == 1
+
+
+def test_other_sources_are_another_library(fresh_cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "_compile", lambda output: output.touch())
+    build.load()
+    changed = tmp_path / "src"
+    changed.mkdir()
+    (changed / "layers.cpp").write_text("// changed")
+    monkeypatch.setattr(build, "SOURCES", changed)
+    build.load()
+    assert len(set(fresh_cache)) == 2
+
+
+def test_without_a_compiler_the_reason_is_told(fresh_cache, monkeypatch):
+    monkeypatch.setattr(build, "COMPILER", "no-such-compiler")
+    assert build.load() == "could not be built: there is no no-such-compiler on the PATH"
+
+
+def test_a_compiler_that_fails_is_quoted(fresh_cache, monkeypatch, tmp_path):
+    broken = tmp_path / "src"
+    broken.mkdir()
+    (broken / "layers.cpp").write_text("#error this is no kernel")
+    monkeypatch.setattr(build, "SOURCES", broken)
+    assert "c++ failed" in build.load()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_precisions_run_on_pytorch(dtype):
+    assert build.why_not(dtype, CPU) is not None
+
+
+@needs_kernels
+def test_without_the_kernels_layers_run_on_pytorch(base_folder, monkeypatch):
+    monkeypatch.setattr(build, "why_not", lambda dtype, device: "need a CPU with AVX-512")
+    model = MolexModel.from_pretrained(base_folder("roberta"))
+    model.prepack()
+    assert isinstance(model.backbone.own, StockLayers)
+    assert model([[5, 6]]).logits[0].shape == (2, model.spec.hidden_size)
