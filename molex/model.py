@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -57,13 +59,24 @@ class ModelOutput:
     routes: list[list[int | tuple[int, ...]]]
 
 
+@dataclass(frozen=True)
+class Stacks:
+    """The factors of some adapters side by side; holding them does not hold the adapters."""
+
+    adapters: list[ReferenceType[Adapter]]
+    lora: BatchLora
+
+    def are_of(self, adapters: list[Adapter]) -> bool:
+        return [reference() for reference in self.adapters] == adapters
+
+
 class MolexModel:
     """A base model, loaded once, and the adapters that are resident on it."""
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self._adapters: dict[str, Adapter] = {}
-        self._batch_lora = BatchLora([])
+        self._stacks = Stacks([], BatchLora([]))
 
     @classmethod
     def from_pretrained(
@@ -127,7 +140,6 @@ class MolexModel:
         """Forget an adapter. Raises InputError if there is none of that name."""
         if self._adapters.pop(name, None) is None:
             raise InputError(f"adapter {name!r} is not loaded")
-        self._batch_lora = BatchLora([])
 
     def new_cache(self, num_slots: int, max_length: int) -> KVCache:
         """A key-value cache for `num_slots` running generations of at most `max_length` tokens each."""
@@ -217,8 +229,17 @@ class MolexModel:
 
     def _lora_of(self, adapters: list[Adapter]) -> BatchLora:
         """Keep the last batch's stacked factors: a decoding step has the adapters of the one before."""
-        weights = [adapter.lora for adapter in adapters]
-        kept = self._batch_lora.adapters
-        if len(kept) != len(weights) or any(a is not b for a, b in zip(kept, weights, strict=True)):
-            self._batch_lora = BatchLora(weights)
-        return self._batch_lora
+        stacks = self._stacks
+        if not stacks.are_of(adapters):
+            forget = partial(_forget_stacks, ref(self))
+            stacks = Stacks(
+                [ref(adapter, forget) for adapter in adapters], BatchLora([a.lora for a in adapters])
+            )
+            self._stacks = stacks
+        return stacks.lora
+
+
+def _forget_stacks(model: ReferenceType[MolexModel], _: ReferenceType[Adapter]) -> None:
+    """An adapter of the last batch has died, on whatever thread: its stacked factors are to go with it."""
+    if (alive := model()) is not None:
+        alive._stacks = Stacks([], BatchLora([]))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from molex import AdapterError, BaseModelError, InputError, MolexModel, Row, write_adapter
 from molex.adapter import new_adapter
+from molex.lora import BatchLora
 from molex.reference import Reference
 from tests.tiny import (
     DECODERS,
@@ -208,6 +211,28 @@ def test_unloading_forgets_an_adapter(model):
     for use in (lambda: model([[5]], ["a"]), lambda: model.unload_adapter("a")):
         with pytest.raises(InputError, match="adapter 'a' is not loaded"):
             use()
+
+
+@pytest.mark.parametrize("forget", ["unload", "replace"])
+def test_the_memory_of_an_adapter_goes_with_its_last_holder(model, tmp_path, forget):
+    held = model.adapters["a"]
+    factors = [weakref.ref(update.a) for update in held.lora.updates.values()]
+    model([[5, 7], [3]], ["a", "b"])
+    if forget == "unload":
+        model.unload_adapter("a")
+    else:
+        model.load_adapter("a", tmp_path / "b")
+    assert all(factor() is not None for factor in factors)
+    del held
+    assert [factor() for factor in factors] == [None] * len(factors)
+
+
+def test_stacked_factors_serve_the_next_batch_of_the_same_adapters(model, monkeypatch):
+    built = []
+    monkeypatch.setattr("molex.model.BatchLora", lambda lora: built.append(lora) or BatchLora(lora))
+    for names in (["a", "b"], ["a", "b", "a"], ["b", "a"], [None], ["a", "b"]):
+        model([[5]] * len(names), names)
+    assert [len(lora) for lora in built] == [2, 2, 1, 2]
 
 
 def test_the_adapters_are_read_only(model):
