@@ -1,65 +1,78 @@
-"""The adapters that are being served, by name."""
+"""The adapters that are being served, by name: all of them registered, some of them in memory."""
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
 from molex.adapter import Adapter
-from molex.adapter_file import read_adapter
+from molex.adapter_file import CONFIG_NAME
+from molex.config import AdapterConfig
 from molex.errors import AdapterError
 from molex.model import MolexModel
 from server.errors import ErrorKind, ServiceError
 from server.metrics import Metrics
-from server.settings import NAME_PATTERN
+from server.residents import Residents
+from server.settings import NAME_PATTERN, Settings
+from server.sources import Sources
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 UNKNOWN_BASE = "unknown"
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ServedAdapter:
-    """An adapter under the name that requests call it by."""
+    """An adapter under the name that requests call it by: all but its weights, which may not be in memory."""
 
     name: str
     base: str
-    adapter: Adapter
+    folder: Path
     source: str
-    """Where it was loaded from, as the caller wrote it."""
+    """The folder, as its loader named it."""
+    config: AdapterConfig
+    digest: str
+    labels: Mapping[int, str]
+    nbytes: int
+    """What its weights take in memory."""
+    pinned: bool = False
+    """Whether it stays in memory once it is there."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Seconds since the epoch."""
 
+    @property
+    def classifies(self) -> bool:
+        return self.config.task_type == "SEQ_CLS"
+
 
 class AdapterStore:
-    """Loads, replaces and removes adapters, from any thread.
+    """Registers, replaces and removes adapters, and keeps some of them in memory; from any thread.
 
-    A load reads and validates everything before it touches the table, and the swap is one assignment:
-    requests see the old adapter or the new one. Those admitted earlier keep the object they hold.
+    A registration reads and validates everything before it touches the table, and the swap is one
+    assignment: requests see the old adapter or the new one. Those admitted earlier keep the weights they
+    hold. What was evicted is read again from its folder, and served only if the digest is still the same.
     """
 
-    def __init__(
-        self,
-        models: Mapping[str, MolexModel],
-        *,
-        http_root: Path | None,
-        capacity: int,
-        metrics: Metrics,
-    ) -> None:
+    def __init__(self, models: Mapping[str, MolexModel], settings: Settings, metrics: Metrics) -> None:
         self._models = models
-        self._root = None if http_root is None else http_root.resolve()
-        self._capacity = capacity
+        self._sources = Sources(models, settings.http_root)
+        self._settings = settings
         self._metrics = metrics
         self._served: dict[str, ServedAdapter] = {}
+        self._residents: Residents[ServedAdapter] = Residents(
+            settings.max_resident_adapters, settings.max_resident_bytes
+        )
         self._lock = Lock()
+
+    def watch_use(self, in_use: Callable[[], Set[Adapter]]) -> None:
+        """Never evict what this function returns: the adapters of admitted requests."""
+        self._residents.in_use = in_use
 
     def get(self, name: str) -> ServedAdapter:
         """Raises ServiceError (404) for an unknown name."""
@@ -77,29 +90,64 @@ class AdapterStore:
         return sorted(self._served.copy().values(), key=lambda served: served.name)
 
     def count(self, base: str) -> int:
+        """How many are registered on a base."""
         return sum(served.base == base for served in self._served.copy().values())
 
-    def nbytes(self, base: str) -> int:
-        """What the weights of all adapters of a base take in memory."""
-        return sum(served.adapter.nbytes for served in self._served.copy().values() if served.base == base)
+    def residents(self, base: str) -> list[ServedAdapter]:
+        """Those of a base whose weights are in memory, least recently used first."""
+        with self._lock:
+            return [served for served in self._residents if served.base == base]
 
-    def load_for_caller(self, name: str, source: str, base: str | None) -> tuple[ServedAdapter, bool]:
+    def is_resident(self, served: ServedAdapter) -> bool:
+        return served in self._residents
+
+    def leaving(self) -> set[Adapter]:
+        """Weights that requests still use, but that no later request will find in memory."""
+        with self._lock:
+            return self._residents.leaving()
+
+    def weights(self, served: ServedAdapter) -> Adapter | None:
+        """The weights for a request, if they are in memory."""
+        with self._lock:
+            return self._residents.get(served)
+
+    def load_for_caller(
+        self, name: str, source: str, base: str | None, *, pinned: bool = False
+    ) -> tuple[ServedAdapter, bool]:
         """Load an adapter that an HTTP caller names by its folder under the adapter root."""
-        return self.load(name, self._resolve(source), base, source=source)
+        return self.load(name, self._sources.resolve(source), base, source=source, pinned=pinned)
 
     def load(
-        self, name: str, folder: Path, base: str | None = None, *, source: str | None = None
+        self,
+        name: str,
+        folder: Path,
+        base: str | None = None,
+        *,
+        source: str | None = None,
+        pinned: bool = False,
+        evict: bool = True,
     ) -> tuple[ServedAdapter, bool]:
         """Read a folder and serve it as `name`; returns it, and whether the name is new.
 
-        Blocks for the time of reading: call it on a pool thread. Without `base` the base that the
+        Its weights stay in memory where there is room; `evict` makes room at the cost of the least recently
+        used. Blocks for the time of reading: call it on a pool thread. Without `base` the base that the
         adapter fits is found. Raises ServiceError naming the tensor or field at fault.
         """
         try:
             self._check_name(name, base)
-            fitting, adapter = self._read(folder, base)
-            served = ServedAdapter(name, fitting, adapter, source or folder.name)
-            created = self._swap_in(served)
+            fitting, adapter = self._sources.read(folder, base)
+            served = ServedAdapter(
+                name,
+                fitting,
+                folder,
+                source or folder.name,
+                adapter.config,
+                adapter.digest,
+                adapter.id2label,
+                adapter.nbytes,
+                pinned,
+            )
+            created = self._swap_in(served, adapter, evict=evict)
         except ServiceError as error:
             label = base if base is not None and base in self._models else UNKNOWN_BASE
             self._metrics.adapter_load(label, "refused")
@@ -114,21 +162,61 @@ class AdapterStore:
         with self._lock:
             served = self.get(name)
             del self._served[name]
+            self._residents.discard(served)
         log.info("adapter %r removed", name)
         return served
 
     def load_folder(self, folder: Path) -> dict[str, str]:
-        """Load every adapter folder in `folder` under its own name.
+        """Load every adapter folder in `folder` under its own name, several at a time.
 
-        Returns the refused ones with the reason: one tenant's bad file keeps nobody else from being served.
+        Weights stay in memory as long as there is room. Returns the refused ones with the reason: one
+        tenant's bad file keeps nobody else from being served.
         """
-        refused: dict[str, str] = {}
-        for config in sorted(folder.glob(f"*/{CONFIG_FILE}")):
-            try:
-                self.load(config.parent.name, config.parent)
-            except ServiceError as error:
-                refused[config.parent.name] = error.message
-        return refused
+        folders = [config.parent for config in sorted(folder.glob(f"*/{CONFIG_NAME}"))]
+        with ThreadPoolExecutor(self._settings.pool_threads) as pool:
+            reasons = pool.map(self._try_load, folders)
+            named = {path.name: reason for path, reason in zip(folders, reasons, strict=True)}
+        return {name: reason for name, reason in named.items() if reason is not None}
+
+    def _try_load(self, folder: Path) -> str | None:
+        """The reason for which a folder is refused."""
+        try:
+            self.load(folder.name, folder, evict=False)
+        except ServiceError as error:
+            return error.message
+        return None
+
+    def reserve(self, served: ServedAdapter) -> bool:
+        """Make room for weights that were evicted. Every True is to be followed by `read_again`.
+
+        False where those in use leave no room for now. Raises ServiceError where there will never be any.
+        """
+        with self._lock:
+            evicted = self._residents.reserve(served)
+        if evicted is None:
+            self._check_room(served)
+            return False
+        self._count_evictions(evicted)
+        return True
+
+    def read_again(self, served: ServedAdapter) -> Adapter:
+        """Read the folder of an adapter that was evicted. Blocks; to be called on a pool thread.
+
+        Raises ServiceError (409) where the files have changed or cannot be read.
+        """
+        adapter = None
+        try:
+            adapter = self._sources.read_again(served.folder, served.base, served.digest)
+        except AdapterError as error:
+            raise _unavailable(served, error) from error
+        finally:
+            with self._lock:
+                if adapter is not None and self._served.get(served.name) is served:
+                    self._residents.add(served, adapter)
+                else:
+                    # Not read, or replaced or removed in the meantime: then those who ask are its last.
+                    self._residents.discard(served)
+        return adapter
 
     def _check_name(self, name: str, base: str | None) -> None:
         if not re.fullmatch(NAME_PATTERN, name):
@@ -141,62 +229,49 @@ class AdapterStore:
             message = f"no base is named {base!r}; there are {', '.join(self._models)}"
             raise ServiceError(ErrorKind.INVALID_REQUEST, message, param="base")
 
-    def _swap_in(self, served: ServedAdapter) -> bool:
+    def _check_room(self, served: ServedAdapter) -> None:
+        """Raises ServiceError where the weights will never fit into memory beside those that are pinned."""
+        settings = self._settings
+        others = [other for name, other in self._served.copy().items() if name != served.name]
+        pinned = [other for other in others if other.pinned]
+        nbytes = served.nbytes + sum(other.nbytes for other in pinned)
+        # One place is left for all that are not pinned.
+        count = len(pinned) + 1 + served.pinned
+        if nbytes > settings.max_resident_bytes or count > settings.max_resident_adapters:
+            message = (
+                f"no room in memory for the adapter {served.name!r} of {served.nbytes} bytes beside "
+                f"{len(pinned)} pinned ones: max_resident_bytes is {settings.max_resident_bytes}, "
+                f"max_resident_adapters {settings.max_resident_adapters}"
+            )
+            raise ServiceError(ErrorKind.TOO_MANY_ADAPTERS, message)
+
+    def _swap_in(self, served: ServedAdapter, adapter: Adapter, *, evict: bool) -> bool:
+        capacity = self._settings.max_adapters
         with self._lock:
-            created = served.name not in self._served
-            if created and len(self._served) >= self._capacity:
-                message = f"{self._capacity} adapters are loaded, which is the limit"
+            before = self._served.get(served.name)
+            if before is None and len(self._served) >= capacity:
+                message = f"{capacity} adapters are loaded, which is the limit"
                 raise ServiceError(ErrorKind.TOO_MANY_ADAPTERS, message)
+            self._check_room(served)
+            if before is not None:
+                self._residents.discard(before)
+            evicted = self._residents.reserve(served, evict=evict)
+            if evicted is not None:
+                self._residents.add(served, adapter)
             self._served[served.name] = served
-        return created
+        self._count_evictions(evicted or [])
+        return before is None
 
-    def _resolve(self, source: str) -> Path:
-        """The folder that a caller means. Neither it nor its files may lie outside the root."""
-        if self._root is None:
-            message = "loading over HTTP is off: start the server with --adapters or --adapter-root"
-            raise ServiceError(ErrorKind.FORBIDDEN_SOURCE, message)
-        folder = self._root / source
-        try:
-            parts = [path.resolve() for path in (folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE)]
-            inside = all(part.is_relative_to(self._root) for part in parts)
-            exists = inside and parts[0].is_dir()
-        except (OSError, RuntimeError, ValueError):
-            inside, exists = True, False
-        if not inside:
-            message = "the folder lies outside the server's adapter root"
-            raise ServiceError(ErrorKind.FORBIDDEN_SOURCE, message, param="source")
-        if not exists:
-            message = f"there is no folder {source!r} under the server's adapter root"
-            raise ServiceError(ErrorKind.BAD_ADAPTER, message, param="source")
-        return parts[0]
+    def _count_evictions(self, evicted: Collection[ServedAdapter]) -> None:
+        for served in evicted:
+            self._metrics.adapter_eviction(served.base)
+            log.debug("adapter %r evicted", served.name)
 
-    def _read(self, folder: Path, base: str | None) -> tuple[str, Adapter]:
-        """The adapter in a folder and the base it fits."""
-        candidates = [base] if base is not None else self._candidates(folder)
-        fits: dict[str, Adapter] = {}
-        problems: dict[str, AdapterError] = {}
-        for name in candidates:
-            model = self._models[name]
-            try:
-                fits[name] = read_adapter(folder, model.spec, dtype=model.dtype)
-            except AdapterError as error:
-                problems[name] = error
-        if len(fits) == 1:
-            return fits.popitem()
-        if len(problems) == 1 and not fits:
-            [problem] = problems.values()
-            raise ServiceError(ErrorKind.BAD_ADAPTER, str(problem), param=problem.subject)
-        if fits:
-            message = f"the adapter fits several bases ({', '.join(fits)}): name one as base"
-            raise ServiceError(ErrorKind.INVALID_REQUEST, message, param="base")
-        reasons = "; ".join(f"{name}: {error}" for name, error in problems.items())
-        raise ServiceError(ErrorKind.BAD_ADAPTER, f"the adapter fits no base ({reasons})")
 
-    def _candidates(self, folder: Path) -> list[str]:
-        """The base that the adapter's config names, if it is served; otherwise all of them."""
-        try:
-            config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-            named = Path(str(config["base_model_name_or_path"])).name
-        except (OSError, ValueError, TypeError, KeyError):
-            named = ""
-        return [named] if named in self._models else list(self._models)
+def _unavailable(served: ServedAdapter, error: AdapterError) -> ServiceError:
+    """Why an adapter cannot be brought back, and what does."""
+    message = (
+        f"adapter {served.name!r} is not in memory and cannot be read again: {error}; "
+        f"put its files back, or load what is there with PUT /v1/adapters/{served.name}"
+    )
+    return ServiceError(ErrorKind.ADAPTER_UNAVAILABLE, message, param="model")

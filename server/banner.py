@@ -20,9 +20,9 @@ def _inventory(engine: Engine, refused: Mapping[str, str]) -> Iterator[str]:
         yield f"  {base.name}: {spec.model_type}, {spec.num_layers} layers, {base.model.dtype}"
     yield "Adapters"
     for served in engine.adapters.all():
-        adapter = served.adapter
-        size = f"rank {adapter.rank}, {adapter.nbytes / 1e6:.1f} MB"
-        yield f"  {served.name}: {adapter.kind} {adapter.task_type} on {served.base}, {size}"
+        config = served.config
+        size = f"rank {config.r}, {served.nbytes / 1e6:.1f} MB"
+        yield f"  {served.name}: {config.kind} {config.task_type} on {served.base}, {size}"
     if not engine.adapters.all():
         yield "  none"
     for name, reason in refused.items():
@@ -44,8 +44,8 @@ def _commands(engine: Engine, url: str) -> Iterator[str]:
 
 def _first(engine: Engine, task: str) -> str | None:
     """The first adapter for a task, if there is one; MoLEx before LoRA."""
-    adapters = [served for served in engine.adapters.all() if served.adapter.task_type == task]
-    adapters.sort(key=lambda served: served.adapter.kind != "molex")
+    adapters = [served for served in engine.adapters.all() if served.config.task_type == task]
+    adapters.sort(key=lambda served: served.config.kind != "molex")
     return adapters[0].name if adapters else None
 
 

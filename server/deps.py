@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
-from molex.adapter import BARE, Adapter
+from server.adapters import ServedAdapter
 from server.base import Base
 from server.engine import Engine
 from server.errors import ErrorKind, ServiceError
@@ -28,38 +28,42 @@ EngineDep = Annotated[Engine, Depends(_engine)]
 
 @dataclass(frozen=True)
 class Target:
-    """What a request's `model` names: an adapter on its base, or a bare base."""
+    """What a request's `model` names: an adapter on its base, or, without one, the bare base."""
 
     name: str
     base: Base
-    adapter: Adapter
+    served: ServedAdapter | None
+
+    @property
+    def classifies(self) -> bool:
+        return self.served is not None and self.served.classifies
 
     @property
     def digest(self) -> str | None:
         """Of the adapter; None for a bare base."""
-        return self.adapter.digest or None
+        return self.served.digest if self.served else None
 
     @property
     def headers(self) -> dict[str, str]:
-        return {DIGEST_HEADER: self.adapter.digest} if self.adapter.digest else {}
+        return {DIGEST_HEADER: self.served.digest} if self.served else {}
 
 
 def find_target(engine: Engine, model: str) -> Target:
     """Raises ServiceError (404) where no base and no adapter has this name."""
     if model in engine.bases:
-        return Target(model, engine.bases[model], BARE)
+        return Target(model, engine.bases[model], None)
     if model not in engine.adapters:
         message = f"no base or adapter is named {model!r}; GET /v1/models lists them"
         raise ServiceError(ErrorKind.MODEL_NOT_FOUND, message, param="model")
     served = engine.adapters.get(model)
-    return Target(model, engine.bases[served.base], served.adapter)
+    return Target(model, engine.bases[served.base], served)
 
 
 def classifier(engine: Engine, model: str) -> Target:
     """The target, which has to classify."""
     target = find_target(engine, model)
-    if target.adapter.head is None:
-        what = "a bare base" if target.adapter is BARE else "an adapter for generation"
+    if not target.classifies:
+        what = "an adapter for generation" if target.served else "a bare base"
         message = f"{model!r} is {what}, which has no classes; name a classification adapter"
         raise ServiceError(ErrorKind.WRONG_TASK, message, param="model")
     return target
@@ -68,7 +72,7 @@ def classifier(engine: Engine, model: str) -> Target:
 def encoder(engine: Engine, model: str) -> Target:
     """The target, which has to be a bare encoder."""
     target = find_target(engine, model)
-    if target.adapter is not BARE:
+    if target.served is not None:
         message = f"{model!r} is an adapter; embeddings come from a bare encoder"
         raise ServiceError(ErrorKind.WRONG_TASK, message, param="model")
     if target.base.model.spec.generates:
@@ -80,7 +84,7 @@ def encoder(engine: Engine, model: str) -> Target:
 def generator(engine: Engine, model: str) -> Target:
     """The target, which has to generate."""
     target = find_target(engine, model)
-    if target.adapter.head is not None:
+    if target.classifies:
         message = f"{model!r} is a classification adapter; send it to /v1/classify"
         raise ServiceError(ErrorKind.WRONG_TASK, message, param="model")
     if not target.base.model.spec.generates:

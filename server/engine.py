@@ -6,17 +6,19 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
-from concurrent.futures import ThreadPoolExecutor
 from threading import Condition, Thread
 from time import perf_counter
 from typing import ParamSpec, TypeVar
 
+from molex.adapter import BARE, Adapter
 from molex.routing import Route
 from molex.threads import release_helpers
 from server.adapters import AdapterStore
 from server.base import Base, load_base
 from server.errors import internal_error, stopping_error
+from server.loader import Loader
 from server.metrics import Metrics
+from server.pool import Pool
 from server.runner import StepOutput
 from server.scheduler import Batch, Scheduler
 from server.sequence import Sequence, Update
@@ -76,7 +78,9 @@ class Engine:
         self._wake = Condition()
         self._stopping = False
         self._worker = Thread(target=self._work, name="worker", daemon=True)
-        self._pool = ThreadPoolExecutor(settings.pool_threads, thread_name_prefix="pool")
+        self._pool = Pool(settings.pool_threads, "pool")
+        self.loader = Loader(adapters, metrics, threads=settings.pool_threads)
+        adapters.watch_use(lambda: self._adapters_in_use(bases))
         self._loop: asyncio.AbstractEventLoop | None = None
         for name in bases:
             self._watch(name)
@@ -86,12 +90,7 @@ class Engine:
         """Load the bases that the settings name. Raises BaseModelError."""
         bases = {name: load_base(name, source, settings) for name, source in settings.bases.items()}
         metrics = Metrics()
-        adapters = AdapterStore(
-            {name: base.model for name, base in bases.items()},
-            http_root=settings.http_root,
-            capacity=settings.max_adapters,
-            metrics=metrics,
-        )
+        adapters = AdapterStore({name: base.model for name, base in bases.items()}, settings, metrics)
         return cls(settings, bases, adapters, metrics)
 
     @property
@@ -118,18 +117,12 @@ class Engine:
             self._wake.notify()
         if self._worker.is_alive():
             await asyncio.to_thread(self._worker.join)
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.close()
+        self.loader.close()
 
     async def in_pool(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run what blocks (tokenizing, reading files) on a pool thread."""
-
-        def call() -> T:
-            try:
-                return function(*args, **kwargs)
-            finally:
-                release_helpers()
-
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+        """Run what blocks on a pool thread."""
+        return await self._pool.run(function, *args, **kwargs)
 
     def submit(self, sequences: Seq[Sequence]) -> Submission:
         """Admit the sequences of one request, all of them on one base.
@@ -240,15 +233,27 @@ class Engine:
             left = self._scheduler.drop_all()
         self._deliver(Update(sequence, error=error) for sequence in left)
 
+    def _adapters_in_use(self, bases: Iterable[str]) -> set[Adapter]:
+        """Those of the sequences that wait or run; the bare base is none."""
+        with self._wake:
+            sequences = [sequence for base in bases for sequence in self._scheduler.sequences(base)]
+        return {sequence.adapter for sequence in sequences if sequence.adapter is not BARE}
+
+    def _leaving_bytes(self, base: str) -> int:
+        """What was evicted, replaced or deleted and is still used by requests."""
+        return sum(a.nbytes for a in self._adapters_in_use([base]) & self.adapters.leaving())
+
     def _watch(self, base: str) -> None:
         self.metrics.watch_base(
             base,
             waiting=lambda: self._scheduler.num_waiting(base),
             running=lambda: self._scheduler.num_running(base),
-            adapters=lambda: self.adapters.count(base),
+            registered=lambda: self.adapters.count(base),
+            resident=lambda: len(self.adapters.residents(base)),
             memory={
                 "weights": lambda: self.bases[base].model.nbytes,
-                "adapters": lambda: self.adapters.nbytes(base),
+                "adapters": lambda: sum(served.nbytes for served in self.adapters.residents(base)),
+                "leaving_adapters": lambda: self._leaving_bytes(base),
                 "kv_cache": lambda: self.bases[base].runner.cache_bytes,
             },
         )

@@ -21,6 +21,7 @@ class ErrorKind(Enum):
     ADAPTER_NOT_FOUND = (404, "not_found_error", "adapter_not_found")
     METHOD_NOT_ALLOWED = (405, "invalid_request_error", "method_not_allowed")
     NAME_TAKEN = (409, "conflict_error", "name_taken")
+    ADAPTER_UNAVAILABLE = (409, "conflict_error", "adapter_unavailable")
     TOO_MANY_ADAPTERS = (409, "conflict_error", "too_many_adapters")
     TOO_LARGE = (413, "invalid_request_error", "request_too_large")
     OVERLOADED = (429, "overloaded_error", "queue_full")

@@ -61,6 +61,19 @@ class Metrics:
         self._adapter_loads = self._counter(
             "molex_adapter_loads", "Adapter loads by result.", "base", "result"
         )
+        self._cold_load_seconds = self._histogram(
+            "molex_cold_load_seconds",
+            "From the first mention of an evicted adapter until it is in memory.",
+            SECONDS,
+            "base",
+            "result",
+        )
+        self._evictions = self._counter(
+            "molex_adapter_evictions", "Adapters that left memory for others.", "base"
+        )
+        self._registered = self._gauge(
+            "molex_registered_adapters", "Adapters that requests may name.", "base"
+        )
         self._adapters = self._gauge("molex_resident_adapters", "Adapters in memory.", "base")
         self._bytes = self._gauge(
             "molex_memory_bytes", "Memory for weights, adapters and the room of the cache.", "base", "kind"
@@ -88,7 +101,8 @@ class Metrics:
         *,
         waiting: Callable[[], int],
         running: Callable[[], int],
-        adapters: Callable[[], int],
+        registered: Callable[[], int],
+        resident: Callable[[], int],
         memory: Mapping[str, Callable[[], int]],
     ) -> None:
         """Read the gauges of a base from these functions whenever they are asked for.
@@ -97,11 +111,15 @@ class Metrics:
         """
         self._queue_depth.labels(base).set_function(waiting)
         self._running.labels(base).set_function(running)
-        self._adapters.labels(base).set_function(adapters)
+        self._registered.labels(base).set_function(registered)
+        self._adapters.labels(base).set_function(resident)
         for kind, count in memory.items():
             self._bytes.labels(base, kind).set_function(count)
         for result in ("loaded", "refused"):
             self._adapter_loads.labels(base, result)
+        for result in ("loaded", "failed"):
+            self._cold_load_seconds.labels(base, result)
+        self._evictions.labels(base)
 
     def request(self, route: str, status: int, seconds: float) -> None:
         self._requests.labels(route, str(status)).inc()
@@ -123,6 +141,12 @@ class Metrics:
 
     def adapter_load(self, base: str, result: str) -> None:
         self._adapter_loads.labels(base, result).inc()
+
+    def cold_load(self, base: str, result: str, seconds: float) -> None:
+        self._cold_load_seconds.labels(base, result).observe(seconds)
+
+    def adapter_eviction(self, base: str) -> None:
+        self._evictions.labels(base).inc()
 
     def routed(self, base: str, depth: int, layer: int) -> None:
         self._routes.labels(base, str(depth), str(layer)).inc()

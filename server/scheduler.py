@@ -99,6 +99,11 @@ class Scheduler(Generic[S]):
     def num_running(self, base: str) -> int:
         return len(self._queues[base].running)
 
+    def sequences(self, base: str) -> list[S]:
+        """All that wait or run on a base."""
+        queue = self._queues[base]
+        return [*queue.waiting, *queue.running]
+
     def add(self, sequences: Sequence[S]) -> None:
         """Queue the sequences of one request, all of them or, where the queue is full, none.
 

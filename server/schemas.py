@@ -230,10 +230,14 @@ class ChatRequest(GenerationRequest):
 
 
 class PutAdapterRequest(Body):
-    """`PUT /v1/adapters/{name}`. `source` is a folder under the adapter root; `base` is found if left out."""
+    """`PUT /v1/adapters/{name}`. `source` is a folder under the adapter root; `base` is found if left out.
+
+    `pinned`: once in memory, the adapter is not evicted.
+    """
 
     source: Source
     base: ModelName | None = None
+    pinned: bool = False
 
 
 class LoadLoraRequest(Body):

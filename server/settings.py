@@ -51,8 +51,18 @@ class Settings(BaseSettings):
     )
     max_inputs: int = Field(256, ge=1, le=4096, description="Texts or prompts in one request.")
     max_body_bytes: int = Field(4_194_304, ge=1024, le=1_073_741_824, description="Largest request body.")
-    max_adapters: int = Field(1024, ge=1, le=1_000_000, description="Adapters resident at a time.")
-    pool_threads: int = Field(4, ge=1, le=256, description="Threads that tokenize and that read adapters.")
+    max_adapters: int = Field(
+        10_000, ge=1, le=1_000_000, description="Adapters registered at a time, in memory or not."
+    )
+    max_resident_adapters: int = Field(
+        1024, ge=1, le=1_000_000, description="Adapters in memory at a time; the least recently used go."
+    )
+    max_resident_bytes: int = Field(
+        4_294_967_296, ge=1, le=2**50, description="Memory for the weights of adapters."
+    )
+    pool_threads: int = Field(
+        4, ge=1, le=256, description="Threads that tokenize, and as many that read adapters."
+    )
     grace_seconds: int = Field(
         30, ge=0, le=3600, description="Time for running requests to finish after SIGTERM."
     )

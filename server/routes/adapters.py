@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from server.adapters import ServedAdapter
 from server.deps import DIGEST_HEADER, EngineDep
+from server.engine import Engine
 from server.errors import ErrorKind, ServiceError
 from server.schemas import LoadLoraRequest, PutAdapterRequest, UnloadLoraRequest
 from server.settings import NAME_PATTERN
@@ -19,7 +20,11 @@ Name = Annotated[str, Path(pattern=NAME_PATTERN)]
 
 
 class AdapterCard(BaseModel):
-    """A served adapter. `source` is its folder as its loader named it; `bytes` what it takes in memory."""
+    """A served adapter. `source` is its folder as its loader named it.
+
+    `bytes` is what its weights take in memory. `resident` says whether they are there now: if not, the next
+    request brings them back. `pinned` ones stay there.
+    """
 
     name: str
     object: str = "adapter"
@@ -31,6 +36,8 @@ class AdapterCard(BaseModel):
     labels: dict[int, str]
     mixed_depths: list[int]
     bytes: int
+    resident: bool
+    pinned: bool
     source: str
     created: int
 
@@ -42,12 +49,12 @@ class AdapterList(BaseModel):
 
 @router.get("/v1/adapters")
 async def list_adapters(engine: EngineDep) -> AdapterList:
-    return AdapterList(data=[_card(served) for served in engine.adapters.all()])
+    return AdapterList(data=[_card(engine, served) for served in engine.adapters.all()])
 
 
 @router.get("/v1/adapters/{name}")
 async def get_adapter(name: Name, engine: EngineDep) -> AdapterCard:
-    return _card(engine.adapters.get(name))
+    return _card(engine, engine.adapters.get(name))
 
 
 @router.put("/v1/adapters/{name}", responses={201: {"model": AdapterCard}})
@@ -56,12 +63,15 @@ async def put_adapter(
 ) -> AdapterCard:
     """Load an adapter, or replace the one of this name: 201 or 200.
 
-    Requests in flight finish on the weights they started with.
+    Another may be evicted from memory for it; `pinned` keeps this one from being evicted. Requests in flight
+    finish on the weights they started with.
     """
-    served, created = await engine.in_pool(engine.adapters.load_for_caller, name, body.source, body.base)
+    served, created = await engine.loader.run(
+        engine.adapters.load_for_caller, name, body.source, body.base, pinned=body.pinned
+    )
     response.status_code = 201 if created else 200
-    response.headers[DIGEST_HEADER] = served.adapter.digest
-    return _card(served)
+    response.headers[DIGEST_HEADER] = served.digest
+    return _card(engine, served)
 
 
 @router.delete("/v1/adapters/{name}", status_code=204)
@@ -76,7 +86,7 @@ async def load_lora_adapter(body: LoadLoraRequest, engine: EngineDep) -> str:
     if body.lora_name in engine.adapters and not body.load_inplace:
         message = f"the adapter {body.lora_name!r} is already loaded; set load_inplace to replace it"
         raise ServiceError(ErrorKind.ALREADY_LOADED, message, param="lora_name")
-    await engine.in_pool(
+    await engine.loader.run(
         engine.adapters.load_for_caller, body.lora_name, body.lora_path, body.base_model_name
     )
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
@@ -89,18 +99,20 @@ async def unload_lora_adapter(body: UnloadLoraRequest, engine: EngineDep) -> str
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
-def _card(served: ServedAdapter) -> AdapterCard:
-    adapter = served.adapter
+def _card(engine: Engine, served: ServedAdapter) -> AdapterCard:
+    config = served.config
     return AdapterCard(
         name=served.name,
         base=served.base,
-        kind=adapter.kind,
-        task=adapter.task_type,
-        digest=adapter.digest,
-        rank=adapter.rank,
-        labels=adapter.id2label,
-        mixed_depths=list(adapter.molex.mixed_depths) if adapter.molex else [],
-        bytes=adapter.nbytes,
+        kind=config.kind,
+        task=config.task_type,
+        digest=served.digest,
+        rank=config.r,
+        labels=dict(served.labels),
+        mixed_depths=list(config.molex.mixed_depths) if config.molex else [],
+        bytes=served.nbytes,
+        resident=engine.adapters.is_resident(served),
+        pinned=served.pinned,
         source=served.source,
         created=served.created,
     )

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from server.deps import EngineDep, generator
 from server.detokenizer import REPLACEMENT
 from server.routes.generation import Choice, Generation, Json
+from server.routes.prepare import prepare
 from server.routes.timing import Stopwatch
 from server.schemas import ChatRequest
 from server.sequence import TokenText, Update
@@ -48,9 +49,11 @@ async def create_chat_completion(body: ChatRequest, request: Request, engine: En
     generation = Generation(body, target, ChatShape(), watch, engine, request)
     tokenization = target.base.tokenization
     messages = [{"role": message.role, "content": message.text} for message in body.messages]
-    prompt = await engine.in_pool(tokenization.encode_chat, messages, reserve=body.limit or 1)
+    adapter, prompt = await prepare(
+        engine, target, watch, tokenization.encode_chat, messages, reserve=body.limit or 1
+    )
     limit = body.limit or tokenization.max_length - len(prompt.token_ids)
-    return await generation.respond([prompt], body.num_logprobs, limit)
+    return await generation.respond(adapter, [prompt], body.num_logprobs, limit)
 
 
 def _delta(index: int, delta: dict[str, str], tokens: list[TokenText], finish_reason: str | None) -> Json:

@@ -57,7 +57,7 @@ def _answer(target: Target, sequences: list[Sequence], *, return_routes: bool) -
         model=target.name,
         data=[_classification(sequence, return_routes=return_routes) for sequence in sequences],
         usage=PromptUsage.of(sequences),
-        adapter_digest=target.adapter.digest,
+        adapter_digest=sequences[0].adapter.digest,
     )
 
 

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from server.deps import EngineDep, check_count, generator
 from server.routes.generation import Choice, Generation, Json
+from server.routes.prepare import prepare
 from server.routes.timing import Stopwatch
 from server.schemas import CompletionRequest
 from server.sequence import TokenText, Update
@@ -43,8 +44,9 @@ async def create_completion(body: CompletionRequest, request: Request, engine: E
     target = generator(engine, body.model)
     generation = Generation(body, target, CompletionShape(), watch, engine, request)
     limit = body.max_tokens or DEFAULT_MAX_TOKENS
-    prompts = await engine.in_pool(_encode, target.base.tokenization, body.prompts, limit)
-    return await generation.respond(prompts, body.logprobs, limit)
+    tokenization = target.base.tokenization
+    adapter, prompts = await prepare(engine, target, watch, _encode, tokenization, body.prompts, limit)
+    return await generation.respond(adapter, prompts, body.logprobs, limit)
 
 
 def _encode(tokenization: Tokenization, prompts: list[str | list[int]], limit: int) -> list[Prompt]:

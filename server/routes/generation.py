@@ -14,6 +14,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from molex.adapter import Adapter
 from molex.routing import flat_route
 from molex.sampling import SamplingParams
 from server.deps import Target, unless_disconnected
@@ -77,13 +78,14 @@ class Generation:
         self.id = self.shape.id_prefix + self.request.state.request_id
         self.created = int(time.time())
 
-    async def respond(self, prompts: Seq[Prompt], logprobs: int | None, limit: int) -> Response:
-        """Generate at most `limit` tokens after each prompt."""
-        self.watch.tokenization_done()
+    async def respond(
+        self, adapter: Adapter, prompts: Seq[Prompt], logprobs: int | None, limit: int
+    ) -> Response:
+        """Generate at most `limit` tokens after each prompt, with these weights of the target."""
         self.sequences = [
             Sequence(
                 base=self.target.base.name,
-                adapter=self.target.adapter,
+                adapter=adapter,
                 token_ids=prompt.token_ids,
                 sampling=sampling_params(self.body, limit, logprobs),
                 index=index,

@@ -69,7 +69,7 @@ def adapter_card(served: ServedAdapter, base: Base) -> ModelCard:
         root=served.source,
         parent=base.name,
         max_model_len=base.tokenization.max_length,
-        kind=served.adapter.kind,
-        task=served.adapter.task_type,
-        digest=served.adapter.digest,
+        kind=served.config.kind,
+        task=served.config.task_type,
+        digest=served.digest,
     )

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from server.deps import Target, check_count, unless_disconnected
 from server.engine import Engine
+from server.routes.prepare import prepare
 from server.routes.timing import Stopwatch
 from server.sequence import Sequence, Timings
 from server.tokenization import TextOrPair
@@ -44,12 +45,12 @@ async def run_prompts(
     """
     watch = Stopwatch()
     check_count(engine, len(inputs), param)
-    prompts = await engine.in_pool(target.base.tokenization.encode, inputs, param, truncate=truncate)
-    watch.tokenization_done()
+    encode = target.base.tokenization.encode
+    adapter, prompts = await prepare(engine, target, watch, encode, inputs, param, truncate=truncate)
     sequences = [
         Sequence(
             base=target.base.name,
-            adapter=target.adapter,
+            adapter=adapter,
             token_ids=prompt.token_ids,
             token_type_ids=prompt.token_type_ids,
             index=index,

@@ -88,7 +88,7 @@ def _encoder(engine: EngineDep, model: ModelName | None = None) -> Target:
 
 def _either(engine: EngineDep, model: ModelName | None = None) -> Target:
     target = find_target(engine, model or _only(_classifiers(engine) or _encoders(engine)))
-    return target if target.adapter.head is not None else encoder(engine, target.name)
+    return target if target.classifies else encoder(engine, target.name)
 
 
 @router.post("/predict")
@@ -156,7 +156,7 @@ async def health(engine: EngineDep) -> Response:
 
 
 def _classifiers(engine: Engine) -> list[str]:
-    return [served.name for served in engine.adapters.all() if served.adapter.head is not None]
+    return [served.name for served in engine.adapters.all() if served.classifies]
 
 
 def _encoders(engine: Engine) -> list[str]:
@@ -180,9 +180,9 @@ def _predictions(sequence: Sequence, *, raw: bool) -> list[Prediction]:
 
 
 def _model_type(target: Target) -> dict[str, Any]:
-    if target.adapter.head is None:
+    if target.served is None:
         return {"embedding": {"pooling": "mean"}}
-    labels = target.adapter.id2label
+    labels = target.served.labels
     inverse = {label: number for number, label in labels.items()}
     return {"classifier": {"id2label": labels, "label2id": inverse}}
 

@@ -26,14 +26,20 @@ class Stopwatch:
 
     created: float = field(default_factory=perf_counter)
     tokenized: float = 0.0
+    loaded: float = 0.0
 
     def tokenization_done(self) -> None:
         self.tokenized = perf_counter()
 
+    def loading_done(self) -> None:
+        """The adapter is in memory; loading began beside tokenization."""
+        self.loaded = perf_counter()
+
     def stages(self, sequences: Seq[Sequence]) -> dict[str, float]:
-        """Tokenizing is done once a request; queue and forward are those of its slowest sequence."""
+        """A request tokenizes and loads once; queue and forward are those of its slowest sequence."""
         return {
             "tokenize": self.tokenized - self.created,
+            "load": self.loaded - self.tokenized,
             "queue": max(sequence.timings.queue for sequence in sequences),
             "forward": max(sequence.timings.forward for sequence in sequences),
         }

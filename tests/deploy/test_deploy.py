@@ -25,7 +25,7 @@ PROMQL_LABELS = {"le"}
 def exported():
     """Labels of every exported series by its name, once each metric has a sample."""
     metrics = Metrics()
-    functions = dict.fromkeys(("waiting", "running", "adapters"), lambda: 1)
+    functions = dict.fromkeys(("waiting", "running", "registered", "resident"), lambda: 1)
     metrics.watch_base("b", **functions, memory={"weights": lambda: 1})
     for stage in ("queue", "tokenize", "forward"):
         metrics.stage("/v1/classify", stage, 0.1)
@@ -34,6 +34,8 @@ def exported():
     metrics.next_token("b", 0.1)
     metrics.batch("b", tokens=1, adapters=1, layers=1)
     metrics.adapter_load("b", "loaded")
+    metrics.cold_load("b", "loaded", 0.1)
+    metrics.adapter_eviction("b")
     metrics.routed("b", 0, 1)
     families = text_string_to_metric_families(metrics.render().decode())
     samples = (sample for family in families for sample in family.samples)

@@ -1,0 +1,179 @@
+"""More adapters than fit into memory, over HTTP."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
+import pytest
+
+CLASSIFIERS = ("mood", "topic", "rank2", "judge")
+GENERATORS = ("writer", "poet")
+
+
+@pytest.fixture
+def folder(make_adapters, tmp_path):
+    """Adapters for a test to spoil."""
+    return make_adapters(tmp_path / "adapters")
+
+
+@pytest.fixture
+def tight(settings, folder, start):
+    """A server with room for two of its six adapters."""
+    return start(settings.model_copy(update={"adapters": folder, "max_resident_adapters": 2}))
+
+
+@pytest.fixture
+def threads():
+    with ThreadPoolExecutor(40) as pool:
+        yield pool
+
+
+def ask(live, name):
+    if name in GENERATORS:
+        return live.complete(model=name, prompt="w1 w2 w3", max_tokens=6, temperature=0, ignore_eos=True)
+    return live.classify(model=name, input="w1 w2 w3", return_routes=True)
+
+
+def said(response):
+    body = response.json()
+    return body.get("data") or body["choices"], body["adapter_digest"]
+
+
+def resident(live) -> list[str]:
+    cards = live.http.get("/v1/adapters").json()["data"]
+    return [card["name"] for card in cards if card["resident"]]
+
+
+def evict(live, name) -> None:
+    """Use others until it is gone."""
+    for other in [other for other in CLASSIFIERS if other != name][:2]:
+        assert ask(live, other).status_code == 200
+    assert name not in resident(live)
+
+
+def test_every_adapter_answers_as_if_all_were_in_memory(live, tight, threads):
+    names = [*CLASSIFIERS, *GENERATORS]
+    expected = {name: said(ask(live, name)) for name in names}
+    assert len(resident(live)) == 6
+    for name, answer in zip(names * 5, threads.map(lambda name: ask(tight, name), names * 5), strict=True):
+        assert answer.status_code == 200, answer.text
+        assert said(answer) == expected[name]
+        assert answer.headers["x-adapter-digest"] == expected[name][1]
+    assert len(resident(tight)) <= 2
+    metrics = tight.metrics()
+    evictions = sum(metrics[f'molex_adapter_evictions_total{{base="{base}"}}'] for base in ("enc", "dec"))
+    loads = sum(
+        metrics[f'molex_cold_load_seconds_count{{base="{base}",result="loaded"}}'] for base in ("enc", "dec")
+    )
+    assert loads >= 4
+    assert evictions == loads
+    assert metrics['molex_registered_adapters{base="enc"}'] == 3
+    assert sum(metrics[f'molex_resident_adapters{{base="{base}"}}'] for base in ("enc", "dec")) == 2
+
+
+def test_a_herd_of_requests_reads_once_and_blocks_nobody_else(tight, threads, monkeypatch):
+    evict(tight, "mood")
+    store, go, reads = tight.engine.adapters, Event(), []
+    read_again = store.read_again
+
+    def held(served):
+        reads.append(served.name)
+        assert go.wait(60)
+        return read_again(served)
+
+    monkeypatch.setattr(store, "read_again", held)
+    herd = [threads.submit(ask, tight, "mood") for _ in range(32)]
+    try:
+        # While the read hangs, those that are in memory answer.
+        assert ask(tight, resident(tight)[-1]).status_code == 200
+        assert tight.embed(model="enc", input="w1").status_code == 200
+    finally:
+        go.set()
+    assert {answer.result().status_code for answer in herd} == {200}
+    assert reads == ["mood"]
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_folder_that_is_no_longer_what_it_was_fails_alone(tight, folder, damage):
+    digest = ask(tight, "mood").json()["adapter_digest"]
+    evict(tight, "mood")
+    spoilt = folder / "mood"
+    spoilt.rename(folder.parent / "mood")
+    if damage == "changed":
+        shutil.copytree(folder / "rank2", spoilt)
+    neighbours = resident(tight)
+    for _ in range(2):
+        answer = ask(tight, "mood")
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (409, "adapter_unavailable", "model")
+        assert "'mood'" in error["message"]
+        assert str(folder.parent) not in answer.text
+    assert ask(tight, neighbours[-1]).status_code == 200
+    assert tight.http.get("/v1/adapters/mood").json()["digest"] == digest
+    assert tight.metrics()['molex_cold_load_seconds_count{base="enc",result="failed"}'] == 2
+    if damage == "changed":
+        assert tight.http.put("/v1/adapters/mood", json={"source": "mood"}).status_code == 200
+        assert ask(tight, "mood").json()["adapter_digest"] != digest
+    else:
+        (folder.parent / "mood").rename(spoilt)
+        assert ask(tight, "mood").json()["adapter_digest"] == digest
+
+
+def test_requests_in_flight_keep_their_weights_and_others_wait_for_the_room(tight, threads, brake):
+    expected = {name: said(ask(tight, name)) for name in ("mood", "rank2", "topic")}
+    braked = brake(tight, "enc")
+    first = [threads.submit(ask, tight, name) for name in ("mood", "rank2")]
+    braked.until(lambda: len(tight.engine._adapters_in_use(["enc"])) == 2)
+    waiting = threads.submit(ask, tight, "topic")
+    braked.until(lambda: len(tight.engine.loader._loads) == 1)
+    assert sorted(resident(tight)) == ["mood", "rank2"]
+    assert not waiting.done()
+    braked.release()
+    assert [said(answer.result()) for answer in first] == [expected["mood"], expected["rank2"]]
+    assert said(waiting.result()) == expected["topic"]
+
+
+def test_what_is_deleted_takes_memory_until_its_requests_have_ended(tight, threads, brake):
+    nbytes = tight.http.get("/v1/adapters/mood").json()["bytes"]
+    expected = said(ask(tight, "mood"))
+    leaving = 'molex_memory_bytes{base="enc",kind="leaving_adapters"}'
+    braked = brake(tight, "enc")
+    running = threads.submit(ask, tight, "mood")
+    braked.until(lambda: len(tight.engine._adapters_in_use(["enc"])) == 1)
+    assert tight.metrics()[leaving] == 0
+    assert tight.http.delete("/v1/adapters/mood").status_code == 204
+    assert tight.metrics()[leaving] == nbytes
+    braked.release()
+    assert said(running.result()) == expected
+    assert tight.metrics()[leaving] == 0
+
+
+def test_a_pinned_adapter_is_never_read_again(tight):
+    card = tight.http.put("/v1/adapters/mood", json={"source": "mood", "pinned": True}).json()
+    assert (card["pinned"], card["resident"]) == (True, True)
+    for name in ("topic", "rank2", "judge", "writer", "mood"):
+        assert ask(tight, name).status_code == 200
+        assert "mood" in resident(tight)
+    second = tight.http.put("/v1/adapters/topic", json={"source": "topic", "pinned": True})
+    assert (second.status_code, second.json()["error"]["code"]) == (409, "too_many_adapters")
+
+
+def test_a_load_begins_beside_tokenization(tight, monkeypatch):
+    """Tokenizing waits for the read here: one after the other would never end."""
+    evict(tight, "mood")
+    store, tokenization = tight.engine.adapters, tight.engine.bases["enc"].tokenization
+    begun, read_again, encode = Event(), store.read_again, tokenization.encode
+
+    def read(served):
+        begun.set()
+        return read_again(served)
+
+    def encode_after(*arguments, **options):
+        assert begun.wait(60)
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(store, "read_again", read)
+    monkeypatch.setattr(tokenization, "encode", encode_after)
+    assert ask(tight, "mood").status_code == 200
