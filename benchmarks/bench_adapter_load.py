@@ -2,11 +2,12 @@
 
     python -m benchmarks.bench_adapter_load [--rounds 10] [--block-seconds 10] [--rate 20] [--loads 20]
 
-One `molex serve` of the demo encoder. Blocks of three kinds come in random order in each round:
-classifications of 5 resident adapters, which arrive as a Poisson process; the same arrivals beside 20 loads a
-second; the loads alone. All times count from when a request was due, so that a queue shows in them. A load is
-`PUT /v1/adapters/{name}` of a folder that the server has not in memory and, after `posix_fadvise`, the
-operating system not in its page cache. Adapters are random rank-8 MoLEx adapters of 1.2 MB.
+One `molex serve` of the demo encoder. Blocks of four kinds come in random order in each round:
+classifications of 5 pinned adapters, which arrive as a Poisson process; the same arrivals beside 20 loads a
+second; the loads alone; and 20 classifications a second, each of an adapter that is registered and was
+evicted. All times count from when a request was due, so that a queue shows in them. A load is
+`PUT /v1/adapters/{name}`. Adapters to load or to bring back are neither in the server's memory nor, after
+`posix_fadvise`, in the page cache of the operating system. They are random rank-8 MoLEx adapters of 1.2 MB.
 
 The client runs on the same CPUs as the server: what it takes to send the loads is in the neighbours' times.
 """
@@ -18,7 +19,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,28 +32,30 @@ from benchmarks.common import (
     PROJECT,
     behave_as_the_server,
     command_line,
-    mixing_everywhere,
-    random_adapter,
 )
 from benchmarks.figures import Figure, save
-from benchmarks.served import BASE, PRECISIONS, own_server
+from benchmarks.served import BASE, PRECISIONS, TEXTS, own_server, write_random_adapters
 from loadtests.client import Client, connection_pool
 from loadtests.dialects import make_dialect
 from loadtests.latency import METRICS, PERCENTILES, percentiles
 from loadtests.loops import open_loop
 from loadtests.schedule import Planned, Traffic, poisson_arrivals
 from loadtests.texts import read_texts
-from molex import MolexModel, write_adapter
 
-TEXTS = PROJECT / "loadtests" / "demo_texts.txt"
 RESIDENT = [f"resident-{number}" for number in range(5)]
 RUNS = PROJECT / "runs"
 """Where adapters are written to: /tmp may be memory, and they are to come from a disk."""
 TIMEOUT_SECONDS = 30
+Act = Callable[[httpx.AsyncClient, str], Awaitable[None]]
+"""What is done with an adapter when it is due."""
 LOAD_BOUND = 50
 NEIGHBOUR_BOUND = 1.1
 
 QUIET, BESIDE, ALONE = "neighbours alone", "neighbours beside loads", "loads alone"
+EVICTED = "first requests of evicted adapters"
+KINDS = (QUIET, BESIDE, ALONE, EVICTED)
+ROOM = 25
+"""Places in memory: for the pinned adapters and some of those that are loaded."""
 
 
 @dataclass
@@ -71,49 +74,66 @@ class Experiment:
     root: Path
     due: Sequence[float]
 
-    async def run_block(self, plan: Sequence[Planned], *, loads: bool, times: Times) -> None:
-        """Send the requests of `plan`, and the loads if asked for; afterwards forget what was loaded."""
-        names = [f"cold-{number}" for number in range(len(self.due))] if loads else []
-        for name in names:
-            drop_from_page_cache(self.root / "cold" / name)
+    async def pin_residents(self) -> None:
         async with connection_pool(self.url) as http:
+            for name in RESIDENT:
+                body = {"source": f"resident/{name}", "base": BASE, "pinned": True}
+                (await http.put(f"/v1/adapters/{name}", json=body)).raise_for_status()
+
+    async def run_block(self, kind: str, plan: Sequence[Planned], times: Times) -> None:
+        """Send the requests of `plan` and the loads, whichever the kind has; then forget what was loaded."""
+        names = [] if kind == QUIET else [f"cold-{number}" for number in range(len(self.due))]
+        act = first_request if kind == EVICTED else load
+        async with connection_pool(self.url) as http:
+            if kind == EVICTED:
+                for name in names:
+                    await load(http, name)
+            for name in names:
+                drop_from_page_cache(self.root / "cold" / name)
             client = Client(http, make_dialect("molex-classify", None), TIMEOUT_SECONDS)
             async with asyncio.TaskGroup() as group:
-                neighbours = group.create_task(open_loop(client, plan))
-                loading = group.create_task(self._load_all(http, names))
+                neighbours = group.create_task(open_loop(client, plan if kind in (QUIET, BESIDE) else []))
+                loading = group.create_task(self._act_on_all(act, http, names))
             times.neighbours += [METRICS["total"](result)[0] for result in neighbours.result()]
             times.loads += loading.result()
             for name in names:
                 (await http.delete(f"/v1/adapters/{name}")).raise_for_status()
 
-    async def _load_all(self, http: httpx.AsyncClient, names: Sequence[str]) -> list[float]:
+    async def _act_on_all(self, act: Act, http: httpx.AsyncClient, names: Sequence[str]) -> list[float]:
+        """Seconds from due to done, by name."""
         start = time.perf_counter()
+
+        async def timed(name: str, due: float) -> float:
+            await act(http, name)
+            return time.perf_counter() - due
+
         tasks = []
         async with asyncio.TaskGroup() as group:
             for name, due in zip(names, self.due[: len(names)], strict=True):
                 await asyncio.sleep(start + due - time.perf_counter())
-                tasks.append(group.create_task(load(http, name, start + due)))
+                tasks.append(group.create_task(timed(name, start + due)))
         return [task.result() for task in tasks]
 
 
-async def load(http: httpx.AsyncClient, name: str, due: float) -> float:
-    """Seconds from `due` until the adapter is served."""
+async def load(http: httpx.AsyncClient, name: str) -> None:
     response = await http.put(f"/v1/adapters/{name}", json={"source": f"cold/{name}", "base": BASE})
-    if response.status_code != httpx.codes.CREATED:
-        raise RuntimeError(f"{name}: status {response.status_code}: {response.text}")
-    return time.perf_counter() - due
+    expect(response, httpx.codes.CREATED)
+
+
+async def first_request(http: httpx.AsyncClient, name: str) -> None:
+    body = {"model": name, "input": "A warm, funny and beautifully acted film."}
+    expect(await http.post("/v1/classify", json=body), httpx.codes.OK)
+
+
+def expect(response: httpx.Response, status: int) -> None:
+    if response.status_code != status:
+        raise RuntimeError(f"{response.url}: status {response.status_code}: {response.text}")
 
 
 def write_adapters(root: Path, count: int) -> None:
     """The resident adapters in `root`/resident, and `count` others in `root`/cold."""
-    spec = MolexModel.from_pretrained(DEMO_ENCODER).spec
     folders = [root / "resident" / name for name in RESIDENT]
-    folders += [root / "cold" / f"cold-{number}" for number in range(count)]
-    for seed, folder in enumerate(folders):
-        write_adapter(random_adapter(spec, seed, mixing_everywhere(spec)), folder)
-        for path in folder.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())  # Pages that are not on the disk yet cannot be dropped.
+    write_random_adapters([*folders, *(root / "cold" / f"cold-{number}" for number in range(count))])
 
 
 def drop_from_page_cache(folder: Path) -> None:
@@ -126,16 +146,16 @@ async def measure_blocks(
     experiment: Experiment, rate: float, seconds: float, rounds: int
 ) -> dict[str, Times]:
     """Every round has a block of each kind; both kinds with neighbours have the same arrivals."""
+    await experiment.pin_residents()
     traffic = Traffic(read_texts(TEXTS), RESIDENT, "zipf:1")
-    times = {kind: Times() for kind in (QUIET, BESIDE, ALONE)}
+    times = {kind: Times() for kind in KINDS}
     order = random.Random(0)
     for number in range(rounds + 1):
         rng = np.random.default_rng(number)
         plan = traffic.plan(poisson_arrivals(rate, seconds, rng), rng)
         for kind in order.sample(list(times), len(times)):
             kept = times[kind] if number else Times()  # The first round only warms up.
-            neighbours = [] if kind == ALONE else plan
-            await experiment.run_block(neighbours, loads=kind != QUIET, times=kept)
+            await experiment.run_block(kind, plan, kept)
     return times
 
 
@@ -153,6 +173,10 @@ def figures_of(times: dict[str, Times], setting: str) -> list[Figure]:
         figures.append(
             Figure("P9", what, p99(loads), LOAD_BOUND, at_least=False, unit="ms", measured=measured)
         )
+    first = times[EVICTED].loads
+    what = f"p99 of {len(first)} {EVICTED}, forward pass included, {setting}"
+    measured = {"p50, ms": float(np.median(first)) * 1e3, "p99, ms": p99(first)}
+    figures.append(Figure("P9", what, p99(first), LOAD_BOUND, at_least=False, unit="ms", measured=measured))
     tails = {kind: p99(times[kind].neighbours) for kind in (BESIDE, QUIET)}
     measured = {f"p99, {kind}, ms": tail for kind, tail in tails.items()}
     measured |= {f"p50, {kind}, ms": float(np.median(times[kind].neighbours)) * 1e3 for kind in tails}
@@ -174,7 +198,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=RUNS) as scratch:
         root = Path(scratch)
         write_adapters(root, len(due))
-        options = ["--adapter-root", str(root), "--max-adapters", str(len(due) + len(RESIDENT))]
+        options = ["--adapter-root", str(root), "--max-resident-adapters", str(ROOM)]
         options += ["--precision", PRECISIONS[arguments.dtype]]
         with own_server(DEMO_ENCODER, root / "resident", root / "server.log", *options) as url:
             experiment = Experiment(url, root, due)

@@ -31,16 +31,13 @@ import numpy.typing as npt
 from benchmarks.common import DEMO_ENCODER, DTYPES, PROJECT, command_line
 from benchmarks.figures import Figure, save
 from benchmarks.peers import free_port, peer_python, running
-from benchmarks.served import BASE, PRECISIONS, own_server
-from loadtests.client import Client, Outcome, connection_pool
+from benchmarks.served import BASE, PRECISIONS, TEXTS, own_server, requests_per_second
 from loadtests.dialects import Results, is_embedding
-from loadtests.loops import closed_loop
 from loadtests.schedule import Planned
 from loadtests.texts import read_texts
 
 ADAPTERS = PROJECT / "examples" / "adapters"
 SENTENCES = PROJECT.parent / "shared" / "data" / "sst2" / "dev.tsv"
-DEMO_TEXTS = PROJECT / "loadtests" / "demo_texts.txt"
 READY_SECONDS = 180
 TIMEOUT_SECONDS = 60.0
 MAX_REQUESTS = 20_000
@@ -154,17 +151,6 @@ def _unit_vectors(arm: Arm, texts: Sequence[str]) -> npt.NDArray[np.float64]:
     return vectors / lengths
 
 
-async def requests_per_second(arm: Arm, load: Load, plan: Sequence[Planned], seconds: float) -> float:
-    """Raises ValueError where a request fails: a server must not look fast because it refuses."""
-    async with connection_pool(arm.url) as http:
-        client = Client(http, Results(arm.path, is_embedding, load.num_texts), TIMEOUT_SECONDS)
-        results = await closed_loop(client, plan, load.num_clients, seconds)
-    for result in results:
-        if result.outcome is not Outcome.OK:
-            raise ValueError(f"{arm.name}: {result.outcome}, status {result.status}")
-    return len(results) / max(result.end for result in results)
-
-
 def measure(
     arms: Sequence[Arm], load: Load, texts: Sequence[str], rounds: int, seconds: float
 ) -> dict[str, float]:
@@ -173,7 +159,8 @@ def measure(
     plan, rng = load.plan(texts), random.Random(0)
     for number in range(rounds + 1):
         for arm in rng.sample(arms, len(arms)):
-            rate = asyncio.run(requests_per_second(arm, load, plan, seconds))
+            dialect = Results(arm.path, is_embedding, load.num_texts)
+            rate = asyncio.run(requests_per_second(arm.url, dialect, plan, load.num_clients, seconds))
             if number:
                 rates[arm.name].append(rate)
     return {name: statistics.median(values) for name, values in rates.items()}
@@ -199,7 +186,7 @@ def main() -> None:
     parser = command_line(__doc__, rounds=5)
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a block under load")
     arguments = parser.parse_args()
-    texts = read_texts(SENTENCES if SENTENCES.exists() else DEMO_TEXTS)
+    texts = read_texts(SENTENCES if SENTENCES.exists() else TEXTS)
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as scratch, all_servers(Path(scratch)) as arms:
         check_vectors(arms, texts[:COMPARED_TEXTS])
