@@ -65,6 +65,7 @@ class AdapterStore:
         self._settings = settings
         self._metrics = metrics
         self._served: dict[str, ServedAdapter] = {}
+        self._pinned: dict[str, ServedAdapter] = {}
         self._residents: Residents[ServedAdapter] = Residents(
             settings.max_resident_adapters, settings.max_resident_bytes
         )
@@ -162,6 +163,7 @@ class AdapterStore:
         with self._lock:
             served = self.get(name)
             del self._served[name]
+            self._pinned.pop(name, None)
             self._residents.discard(served)
         log.info("adapter %r removed", name)
         return served
@@ -232,8 +234,7 @@ class AdapterStore:
     def _check_room(self, served: ServedAdapter) -> None:
         """Raises ServiceError where the weights will never fit into memory beside those that are pinned."""
         settings = self._settings
-        others = [other for name, other in self._served.copy().items() if name != served.name]
-        pinned = [other for other in others if other.pinned]
+        pinned = [other for name, other in self._pinned.copy().items() if name != served.name]
         nbytes = served.nbytes + sum(other.nbytes for other in pinned)
         # One place is left for all that are not pinned.
         count = len(pinned) + 1 + served.pinned
@@ -259,6 +260,9 @@ class AdapterStore:
             if evicted is not None:
                 self._residents.add(served, adapter)
             self._served[served.name] = served
+            self._pinned.pop(served.name, None)
+            if served.pinned:
+                self._pinned[served.name] = served
         self._count_evictions(evicted or [])
         return before is None
 
