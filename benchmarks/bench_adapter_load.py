@@ -54,7 +54,7 @@ NEIGHBOUR_BOUND = 1.1
 QUIET, BESIDE, ALONE = "neighbours alone", "neighbours beside loads", "loads alone"
 EVICTED = "first requests of evicted adapters"
 KINDS = (QUIET, BESIDE, ALONE, EVICTED)
-ROOM = 25
+ROOM = 64
 """Places in memory: for the pinned adapters and some of those that are loaded."""
 
 

@@ -138,15 +138,15 @@ class AdapterStore:
             self._check_name(name, base)
             fitting, adapter = self._sources.read(folder, base)
             served = ServedAdapter(
-                name,
-                fitting,
-                folder,
-                source or folder.name,
-                adapter.config,
-                adapter.digest,
-                adapter.id2label,
-                adapter.nbytes,
-                pinned,
+                name=name,
+                base=fitting,
+                folder=folder,
+                source=source or folder.name,
+                config=adapter.config,
+                digest=adapter.digest,
+                labels=adapter.id2label,
+                nbytes=adapter.nbytes,
+                pinned=pinned,
             )
             created = self._swap_in(served, adapter, evict=evict)
         except ServiceError as error:
