@@ -100,7 +100,8 @@ class AdapterStore:
             return [served for served in self._residents if served.base == base]
 
     def is_resident(self, served: ServedAdapter) -> bool:
-        return served in self._residents
+        with self._lock:
+            return served in self._residents
 
     def leaving(self) -> set[Adapter]:
         """Weights that requests still use, but that no later request will find in memory."""
