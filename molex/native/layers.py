@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ class NativeLayers:
             self._add(block, int8)
         self._num_layers = len(blocks)
         self._tables: WeakKeyDictionary[LoraWeights, FactorTable] = WeakKeyDictionary()
-        self._factors: tuple[BatchLora, Tensor] | None = None
+        self._factors: tuple[ReferenceType[BatchLora], Tensor] | None = None
 
     def _add(self, block: Any, int8: bool) -> None:
         family = self._family
@@ -167,11 +167,11 @@ class NativeLayers:
 
     def _factors_of(self, lora: BatchLora) -> Tensor:
         """The tables of the batch's adapters [members, sites, 5]."""
-        if self._factors is None or self._factors[0] is not lora:
+        if self._factors is None or self._factors[0]() is not lora:
             tables = [self._table(weights).fields for weights in lora.adapters]
             sites = self._num_layers * len(self._places)
             empty = torch.empty(0, sites, FACTOR_FIELDS, dtype=torch.int64)
-            self._factors = (lora, torch.stack(tables) if tables else empty)
+            self._factors = (ref(lora), torch.stack(tables) if tables else empty)
         return self._factors[1]
 
     def _table(self, lora: LoraWeights) -> FactorTable:

@@ -213,8 +213,11 @@ def test_unloading_forgets_an_adapter(model):
             use()
 
 
+@pytest.mark.parametrize("prepacked", [False, True])
 @pytest.mark.parametrize("forget", ["unload", "replace"])
-def test_the_memory_of_an_adapter_goes_with_its_last_holder(model, tmp_path, forget):
+def test_the_memory_of_an_adapter_goes_with_its_last_holder(model, tmp_path, forget, prepacked):
+    if prepacked:
+        model.prepack()
     held = model.adapters["a"]
     factors = [weakref.ref(update.a) for update in held.lora.updates.values()]
     model([[5, 7], [3]], ["a", "b"])
