@@ -56,7 +56,7 @@ def evict(live, name) -> None:
 def test_every_adapter_answers_as_if_all_were_in_memory(live, tight, threads):
     names = [*CLASSIFIERS, *GENERATORS]
     expected = {name: said(ask(live, name)) for name in names}
-    assert len(resident(live)) == 6
+    assert set(names) <= set(resident(live))
     for name, answer in zip(names * 5, threads.map(lambda name: ask(tight, name), names * 5), strict=True):
         assert answer.status_code == 200, answer.text
         assert said(answer) == expected[name]
