@@ -70,6 +70,11 @@ class Adapter:
     def molex(self) -> MolexConfig | None:
         return self.config.molex
 
+    @property
+    def num_streams(self) -> int:
+        """Streams of keys and values that a token has: of its own layer, and of each routed one."""
+        return 1 if self.molex is None else 1 + self.molex.top_k
+
     def parameters(self) -> dict[str, Tensor]:
         """The trainable tensors, by name."""
         return {name: tensor for name, tensor in self.tensors.items() if tensor.requires_grad}

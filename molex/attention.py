@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,36 +9,57 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from molex.kv_cache import DepthCache
+from molex.kv_cache import PAGE_TOKENS, DepthCache, pages_for
 from molex.packing import AttentionGroup, Indices, Packed
 
 HAS_AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
-@dataclass(frozen=True)
-class KVStreams:
-    """Where the requests of a `Packed` keep keys and values: a stream of `cache` each, or None."""
+class KVPlan:
+    """Where the requests of a `Packed` keep keys and values: the same at all depths.
 
-    cache: DepthCache
-    streams: Sequence[int | None]
+    `pages` [r, n] lists the pages of each request's stream, the last of them again where it has fewer, and -1
+    for a request that keeps nothing. At least one does.
+    """
 
-    def write(self, packed: Packed, keys: Tensor, values: Tensor) -> None:
-        """Append keys and values [n, heads, head_dim] of the packed tokens to their requests' streams."""
-        kept = np.array([i for i, stream in enumerate(self.streams) if stream is not None], dtype=np.int64)
-        if not len(kept):
-            return
-        positions = packed.positions
+    def __init__(self, packed: Packed, pages: Indices, num_heads: int) -> None:
+        kept = np.flatnonzero(pages[:, 0] >= 0)
+        self.tokens = None
+        positions, owners = packed.positions, packed.owners
         if len(kept) < len(packed):
             tokens = packed.tokens(kept)
-            keys, values, positions = keys[tokens], values[tokens], positions[tokens]
-        streams = np.repeat([self.streams[i] for i in kept], packed.lengths[kept])
-        where = torch.from_numpy(np.stack([streams, positions])).to(keys.device)
-        self.cache.write(where[0], where[1], keys, values)
+            self.tokens = torch.from_numpy(tokens).to(packed.device)
+            positions, owners = positions[tokens], owners[tokens]
+        page, token = np.divmod(positions, PAGE_TOKENS)
+        self.places = torch.from_numpy(np.stack([pages[owners, page], token])).to(packed.device)
+        heads = np.arange(2 * num_heads)[:, None]
+        self.heads = [
+            torch.from_numpy(
+                pages[group.requests, None, : pages_for(int(group.keys.max()))] * len(heads) + heads
+            ).to(packed.device)
+            if group.has_past
+            else None
+            for group in packed.groups
+        ]
 
-    def read(self, group: AttentionGroup) -> tuple[Tensor, Tensor]:
-        """Keys and values [b, heads, k, head_dim] of a group whose requests all have a stream."""
-        streams = [self.streams[i] for i in group.requests]
-        return self.cache.read([s for s in streams if s is not None], int(group.keys.max()))
+
+@dataclass(frozen=True)
+class KVStreams:
+    """Keys and values of one depth, where a `KVPlan` says."""
+
+    cache: DepthCache
+    plan: KVPlan
+
+    def write(self, kv: Tensor) -> None:
+        """Keep keys and values [n, 2 · heads, head_dim] of the packed tokens."""
+        tokens = self.plan.tokens
+        self.cache.write(self.plan.places, kv if tokens is None else kv.index_select(0, tokens))
+
+    def read(self, group: int, length: int) -> Tensor:
+        """The first keys and values [b, 2 · heads, length, head_dim] of a group's requests."""
+        heads = self.plan.heads[group]
+        assert heads is not None, "a group with earlier tokens"
+        return self.cache.read(heads)[:, :, :length]
 
 
 def packed_attention(
@@ -59,14 +79,15 @@ def packed_attention(
     """
     sizes = [heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads]
     if kv is not None:
-        kv.write(packed, *heads.split(sizes, dim=1)[1:])
+        kv.write(heads[:, sizes[0] :])
     outputs = []
-    for group, piece in zip(packed.groups, _split(heads, packed), strict=True):
+    for number, (group, piece) in enumerate(zip(packed.groups, _split(heads, packed), strict=True)):
         # Widened here, not all at once: the caches of a CPU hold one group.
         queries, keys, values = _widened(piece).split(sizes, dim=1)
         if group.has_past:
             assert kv is not None, "earlier tokens are in a cache"
-            keys, values = (x.to(queries.dtype) for x in kv.read(group))
+            kept = kv.read(number, int(group.keys.max())).to(queries.dtype)
+            keys, values = kept.split(num_kv_heads, dim=1)
         mask = _mask(group, packed.causal, window, heads.device)
         causal = packed.causal and mask is None and group.queries > 1
         attended = _attend(queries, keys, values, mask, causal, scaling)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from molex.adapter import Adapter
-from molex.attention import KVStreams
+from molex.attention import KVPlan, KVStreams
 from molex.backbone import Backbone
-from molex.kv_cache import KVCache
+from molex.kv_cache import KVCache, pages_for
 from molex.layers import Layers
 from molex.lora import BatchLora
 from molex.mixing import mix
@@ -39,12 +39,14 @@ class LayerCall:
 class Arrangement:
     """The tokens of several layer calls side by side; the same at all depths where the requests are.
 
-    `tokens` are their places in the batch; `packed` and `rotary` describe them, `stage` reads all of them.
+    `tokens` are their places in the batch; `packed`, `rotary` and `kv` describe them, `stage` reads all of
+    them.
     """
 
     tokens: Indices
     packed: Packed
     rotary: tuple[Tensor, Tensor] | None
+    kv: KVPlan | None
     stage: Stage
 
 
@@ -89,6 +91,7 @@ class Forward:
         )
         self._lora = lora
         self._arrangements: dict[tuple[Layers, tuple[bytes, ...]], Arrangement] = {}
+        self._pages = _page_table(self.rows)
 
     def _needed_tokens(self, row: Row, lm_logits: str) -> range:
         """The tokens of a request whose last hidden states someone looks at."""
@@ -155,14 +158,16 @@ class Forward:
             first = arranged.packed.offsets + self._first_needed[requests]
             needed = ranges(first, self._result.lengths[requests])
             stage = self._stage(calls, layers, self._result, arranged.tokens, needed)
-        kv = self._kv_streams(depth, calls)
+        kv = None
+        if self.cache is not None and arranged.kv is not None:
+            kv = KVStreams(self.cache.depths[depth], arranged.kv)
         attended = self.backbone.attend(
             layers, numbers[0], projected, arranged.packed, arranged.rotary, kv, stage.rows
         )
         return layers.finish(stage, numbers, hidden, attended)
 
     def _arranged(self, calls: Sequence[LayerCall], layers: Layers) -> Arrangement:
-        key = layers, tuple(call.requests.tobytes() for call in calls)
+        key = layers, tuple(indices.tobytes() for call in calls for indices in (call.requests, call.choices))
         if key not in self._arrangements:
             self._arrangements[key] = self._arrange(calls, layers)
         return self._arrangements[key]
@@ -176,7 +181,9 @@ class Forward:
             at = self._tensor(tokens)
             rotary = rotary[0].index_select(0, at), rotary[1].index_select(0, at)
         stage = self._stage(calls, layers, self.packed, tokens, np.arange(len(tokens)))
-        return Arrangement(tokens, packed, rotary, stage)
+        pages = self._pages[requests, np.concatenate([call.choices for call in calls])]
+        kv = KVPlan(packed, pages, self.backbone.num_kv_heads) if (pages >= 0).any() else None
+        return Arrangement(tokens, packed, rotary, kv, stage)
 
     def _stage(
         self,
@@ -192,15 +199,6 @@ class Forward:
         rows = among[_padded(counts, sizes)]
         runs = [layout.segments(call.requests) for call in calls]
         return Stage(rows, self._tensor(tokens[rows]), counts, sizes, runs, self._lora)
-
-    def _kv_streams(self, depth: int, calls: Sequence[LayerCall]) -> KVStreams | None:
-        """Where the requests of the calls keep keys and values, side by side."""
-        if self.cache is None:
-            return None
-        visits = [visit for call in calls for visit in zip(call.requests, call.choices, strict=True)]
-        slots = [(self.rows[request].slot, int(choice)) for request, choice in visits]
-        streams = [None if slot is None else self.cache.stream(slot, choice) for slot, choice in slots]
-        return KVStreams(self.cache.depths[depth], streams)
 
     def _tensor(self, values: Indices | list[int]) -> Tensor:
         return torch.as_tensor(values, device=self.backbone.device)
@@ -239,3 +237,17 @@ def _padded(counts: Sequence[int], sizes: Sequence[int]) -> Indices:
     """0, 1, …: as many as each count says, then the last of them again up to each size."""
     lengths = np.array(counts)
     return ranges(lengths.cumsum() - lengths, lengths, np.array(sizes))
+
+
+def _page_table(rows: Sequence[Row]) -> Indices:
+    """The pages [r, streams, n] of each row's slot, as `KVPlan` wants those of a stream."""
+    slots = [row.slot for row in rows]
+    streams = max(row.adapter.num_streams for row in rows)
+    most = max(1, max(pages_for(row.start + len(row.token_ids)) for row in rows))
+    table = np.full((len(rows), streams, most), -1)
+    for kept, slot in zip(table, slots, strict=True):
+        if slot is not None:
+            pages = slot.pages[:streams, :most]
+            kept[: len(pages), : pages.shape[1]] = pages
+            kept[: len(pages), pages.shape[1] :] = pages[:, -1:]
+    return table

@@ -12,7 +12,7 @@ import torch
 
 from molex.adapter import BARE, Adapter
 from molex.errors import InputError
-from molex.kv_cache import KVCache
+from molex.kv_cache import KVCache, Slot, pages_for
 from molex.model import MolexModel
 from molex.routing import Route
 from molex.row import Row
@@ -27,7 +27,7 @@ class _Stream:
 
     index: int
     prompt: Sequence[int]
-    slot: int
+    slot: Slot
     random: torch.Generator
     route: Route | None = None
     generated: list[int] = field(default_factory=list)
@@ -72,15 +72,17 @@ def generate(
     if not prompts:
         return []
     longest = min(max(map(len, prompts)) + params.max_tokens, model.spec.max_length)
-    cache = model.new_cache(min(num_slots, len(prompts)), longest)
+    streams = adapter.num_streams
+    cache = model.new_cache(min(num_slots, len(prompts)) * pages_for(longest, streams))
     stops = frozenset() if params.ignore_eos else frozenset(stop_ids)
     waiting = deque(enumerate(prompts))
     running: list[_Stream] = []
     finished: list[list[int]] = [[] for _ in prompts]
     while waiting or running:
-        while waiting and cache.num_free:
+        while waiting and len(running) < num_slots:
             index, prompt = waiting.popleft()
-            running.append(_Stream(index, prompt, cache.allocate(), new_generator(params.seed)))
+            slot = cache.allocate(longest, streams)
+            running.append(_Stream(index, prompt, slot, new_generator(params.seed)))
         _step(model, adapter, cache, running, params)
         for stream in [stream for stream in running if _ended(stream, stops, params, longest)]:
             finished[stream.index] = [token for token in stream.generated if token not in stops]

@@ -1,33 +1,57 @@
-"""Keys and values of running generations.
+"""Keys and values of running generations, in pages.
 
 At a mixed depth a request has a stream of keys and values for the depth's own layer and one for each routed
-layer, because the layers disagree about what a token's key is. A request owns one slot in every depth.
+layer, because the layers disagree about what a token's key is. A page keeps `PAGE_TOKENS` tokens of one
+stream, at every depth. A request takes pages for all the tokens that it may come to when it starts, so
+nothing that runs ever waits for memory.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from molex.errors import MolexError
+from molex.packing import Indices
 
-STREAMS = 3
-"""The own layer and at most two routed ones."""
+PAGE_TOKENS = 16
 
 
 class CacheFullError(MolexError):
-    """Every slot is taken."""
+    """There are not enough free pages."""
+
+
+def pages_for(num_tokens: int, num_streams: int = 1) -> int:
+    """The pages that so many tokens take in so many streams."""
+    return num_streams * -(-num_tokens // PAGE_TOKENS)
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """The pages [streams, n] of one request: those of its own layers, then those of its routed ones."""
+
+    pages: Indices
+
+    @property
+    def num_streams(self) -> int:
+        return len(self.pages)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that there is room for."""
+        return int(self.pages.shape[1]) * PAGE_TOKENS
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros that take memory only where something is written, on a CPU.
 
-    PyTorch writes its zeros; NumPy asks the operating system for zeroed pages, which come into being at the
-    first write. Slots that are never used, and the ends of those that are, cost nothing.
+    PyTorch writes its zeros; NumPy asks the operating system for zeroed memory, which comes into being at the
+    first write. Pages that were never used cost nothing.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -36,40 +60,31 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 class DepthCache:
-    """Keys and values of one depth: `keys` and `values` [streams · slots, heads, max_length, head_dim]."""
+    """Keys and values of one depth: `pages` [pages, 2 · heads, tokens, head_dim], keys before values."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        # Zeros, not empty memory: masked positions are multiplied by 0, and 0 · NaN would be NaN.
-        self.keys = _zeros(shape, dtype, device)
-        self.values = _zeros(shape, dtype, device)
+        self.pages = _zeros(shape, dtype, device)
+        self._heads = self.pages.view(-1, PAGE_TOKENS * shape[-1])
 
-    def write(self, streams: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values [n, heads, head_dim] of n tokens at their streams [n] and positions [n]."""
-        self.keys[streams, :, positions] = keys.to(self.keys.dtype)
-        self.values[streams, :, positions] = values.to(self.values.dtype)
+    def write(self, places: Tensor, kv: Tensor) -> None:
+        """Store keys and values [n, 2 · heads, head_dim] at places [2, n]: pages, and tokens in them."""
+        self.pages[places[0], :, places[1]] = kv.to(self.pages.dtype)
 
-    def read(self, streams: Sequence[int], length: int) -> tuple[Tensor, Tensor]:
-        """The first `length` keys and values of b streams, each [b, heads, length, head_dim]."""
-        first, count = streams[0], len(streams)
-        if list(streams) == list(range(first, first + count)):
-            return (
-                self.keys[first : first + count, :, :length],
-                self.values[first : first + count, :, :length],
-            )
-        index = torch.tensor(streams, device=self.keys.device)
-        return (
-            self.keys[:, :, :length].index_select(0, index),
-            self.values[:, :, :length].index_select(0, index),
-        )
+    def read(self, heads: Tensor) -> Tensor:
+        """The tokens of pages side by side, [b, 2 · heads, pages · tokens, head_dim].
+
+        `heads` [b, 2 · heads, pages] counts the heads of all pages: 2 · heads · page + head.
+        """
+        tokens = self._heads.index_select(0, heads.view(-1))
+        return tokens.view(*heads.shape[:2], -1, self.pages.shape[-1])
 
 
 class KVCache:
-    """Slots of `max_length` tokens for at most `num_slots` requests at a time."""
+    """`num_pages` pages, from which running requests take their slots."""
 
     def __init__(
         self,
-        num_slots: int,
-        max_length: int,
+        num_pages: int,
         *,
         num_layers: int,
         num_heads: int,
@@ -77,34 +92,49 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.num_slots = num_slots
-        self.max_length = max_length
-        shape = (STREAMS * num_slots, num_heads, max_length, head_dim)
+        self.num_pages = num_pages
+        shape = (num_pages, 2 * num_heads, PAGE_TOKENS, head_dim)
         self.depths = [DepthCache(shape, dtype, device) for _ in range(num_layers)]
-        self._free = list(range(num_slots - 1, -1, -1))
+        self._free = list(range(num_pages))
+        self._taken: set[Slot] = set()
+        self._num_touched = 0
 
     @property
     def nbytes(self) -> int:
-        """Room for all slots; memory is touched as it is written."""
-        return sum(depth.keys.nbytes + depth.values.nbytes for depth in self.depths)
+        """Of the pages that were ever used: a page stays in memory once it is written."""
+        return self._num_touched * sum(depth.pages[0].nbytes for depth in self.depths)
 
     @property
     def num_free(self) -> int:
+        """Pages."""
         return len(self._free)
 
-    def allocate(self) -> int:
-        """Take a slot, the lowest free one: low slots side by side are read without copying."""
-        if not self._free:
-            raise CacheFullError(f"all {self.num_slots} generation slots are taken")
-        slot = min(self._free)
-        self._free.remove(slot)
+    def allocate(self, num_tokens: int, num_streams: int = 1) -> Slot:
+        """Take pages for so many tokens in each of a request's streams. Raises CacheFullError.
+
+        The lowest free ones are taken: fewer are ever touched, and neighbours are read without copying.
+        """
+        count = pages_for(num_tokens, num_streams)
+        if count > self.num_free:
+            raise CacheFullError(f"{num_tokens} tokens need {count} pages; {self.num_free} are free")
+        pages = np.array([heapq.heappop(self._free) for _ in range(count)], dtype=np.int64)
+        self._wipe(pages[pages < self._num_touched])
+        self._num_touched = max(self._num_touched, int(pages.max(initial=-1)) + 1)
+        slot = Slot(pages.reshape(num_streams, -1))
+        self._taken.add(slot)
         return slot
 
-    def free(self, slot: int) -> None:
-        if slot in self._free or not 0 <= slot < self.num_slots:
-            raise MolexError(f"slot {slot} is not allocated")
-        self._free.append(slot)
+    def _wipe(self, pages: Indices) -> None:
+        """Masked keys and values are multiplied by 0, and a former request may have left NaN behind."""
+        if len(pages):
+            index = torch.from_numpy(pages).to(self.depths[0].pages.device)
+            for depth in self.depths:
+                depth.pages.index_fill_(0, index, 0)
 
-    def stream(self, slot: int, choice: int) -> int:
-        """Where a slot keeps the stream of the own layer (choice 0) or of the n-th routed one."""
-        return choice * self.num_slots + slot
+    def free(self, slot: Slot) -> None:
+        """Give the pages of a slot back. Raises MolexError where they were given back before."""
+        if slot not in self._taken:
+            raise MolexError("this slot is not allocated")
+        self._taken.remove(slot)
+        for page in slot.pages.ravel().tolist():
+            heapq.heappush(self._free, page)

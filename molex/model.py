@@ -141,11 +141,10 @@ class MolexModel:
         if self._adapters.pop(name, None) is None:
             raise InputError(f"adapter {name!r} is not loaded")
 
-    def new_cache(self, num_slots: int, max_length: int) -> KVCache:
-        """A key-value cache for `num_slots` running generations of at most `max_length` tokens each."""
+    def new_cache(self, num_pages: int) -> KVCache:
+        """A key-value cache for running generations, which need `pages_for` their tokens and streams."""
         return KVCache(
-            num_slots,
-            max_length,
+            num_pages,
             num_layers=self.spec.num_layers,
             num_heads=self.backbone.num_kv_heads,
             head_dim=self.backbone.head_dim,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from molex.adapter import BARE, Adapter
 from molex.backbone import BaseSpec
 from molex.errors import InputError
-from molex.kv_cache import KVCache
+from molex.kv_cache import KVCache, Slot
 from molex.routing import Route
 
 
@@ -24,7 +24,7 @@ class Row:
     adapter: Adapter = BARE
     voters: int | None = None
     token_type_ids: Sequence[int] | None = None
-    slot: int | None = None
+    slot: Slot | None = None
     start: int = 0
     route: Route | None = None
 
@@ -47,8 +47,10 @@ def check(number: int, row: Row, spec: BaseSpec, cache: KVCache | None) -> None:
         raise InputError(f"request {number}: {row.start} earlier tokens, but no cache slot that holds them")
     if row.start and row.adapter.gates and row.route is None:
         raise InputError(f"request {number}: the route of its {row.start} earlier tokens is not pinned")
-    if row.slot is not None and (cache is None or length > cache.max_length):
+    if row.slot is not None and (cache is None or length > row.slot.max_length):
         raise InputError(f"request {number}: {length} tokens do not fit its cache slot")
+    if row.slot is not None and row.slot.num_streams < row.adapter.num_streams:
+        raise InputError(f"request {number}: its cache slot has no room for routed layers")
     if row.token_type_ids is not None:
         _check_types(number, row.token_type_ids, len(row.token_ids), spec)
 

@@ -70,7 +70,7 @@ class Engine:
         self.metrics = metrics
         self.draining = False
         self._scheduler: Scheduler[Sequence] = Scheduler(
-            bases,
+            {name: base.runner.num_pages for name, base in bases.items()},
             max_batch_tokens=settings.max_batch_tokens,
             max_sequences=settings.max_sequences,
             max_queue=settings.max_queue,

@@ -76,7 +76,7 @@ class Metrics:
         )
         self._adapters = self._gauge("molex_resident_adapters", "Adapters in memory.", "base")
         self._bytes = self._gauge(
-            "molex_memory_bytes", "Memory for weights, adapters and the room of the cache.", "base", "kind"
+            "molex_memory_bytes", "Memory of weights, adapters, and keys and values.", "base", "kind"
         )
         peak = self._gauge("molex_peak_resident_memory_bytes", "Most memory that the process ever had.")
         peak.set_function(lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB)

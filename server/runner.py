@@ -10,6 +10,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from molex.kv_cache import PAGE_TOKENS
 from molex.model import MolexModel, RunStats
 from molex.row import Row
 from molex.sampling import SampledToken, new_generator, sample
@@ -30,18 +31,25 @@ class StepOutput:
 
 
 class ModelRunner:
-    """Owns the model of one base and its generation slots. Used by the worker thread alone."""
+    """Owns the model of one base and its key-value cache. Used by the worker thread alone."""
 
-    def __init__(self, model: MolexModel, tokenization: Tokenization, *, max_sequences: int) -> None:
+    def __init__(self, model: MolexModel, tokenization: Tokenization, *, cache_tokens: int) -> None:
         self._model = model
         self._tokenization = tokenization
-        self._cache = (
-            model.new_cache(max_sequences, tokenization.max_length) if model.spec.generates else None
-        )
+        self._cache = model.new_cache(cache_tokens // PAGE_TOKENS) if model.spec.generates else None
+
+    @property
+    def num_pages(self) -> int:
+        """Of the key-value cache."""
+        return 0 if self._cache is None else self._cache.num_pages
+
+    @property
+    def num_free_pages(self) -> int:
+        return 0 if self._cache is None else self._cache.num_free
 
     @property
     def cache_bytes(self) -> int:
-        """Room for the keys and values of running generations."""
+        """Of the pages that keys and values have been written to."""
         return 0 if self._cache is None else self._cache.nbytes
 
     @torch.inference_mode()
@@ -64,15 +72,11 @@ class ModelRunner:
         return StepOutput([self._failure(sequence) for sequence in sequences])
 
     def release(self, sequence: Sequence) -> None:
-        """End a sequence and give its slot back."""
+        """End a sequence and give its pages back."""
         sequence.status = Status.FINISHED
         if sequence.slot is not None and self._cache is not None:
             self._cache.free(sequence.slot)
             sequence.slot = None
-
-    @property
-    def num_free_slots(self) -> int:
-        return 0 if self._cache is None else self._cache.num_free
 
     def _row(self, sequence: Sequence) -> Row:
         if sequence.status is Status.WAITING:
@@ -91,7 +95,8 @@ class ModelRunner:
         if sequence.sampling is None:
             return
         assert self._cache is not None
-        sequence.slot = self._cache.allocate()
+        num_tokens = len(sequence.token_ids) + sequence.sampling.max_tokens
+        sequence.slot = self._cache.allocate(num_tokens, sequence.adapter.num_streams)
         sequence.generator = new_generator(sequence.sampling.seed)
         sequence.text_stream = TextStream(
             self._tokenization.decode, sequence.token_ids, sequence.sampling.stop

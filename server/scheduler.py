@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -20,8 +20,8 @@ class Schedulable(Protocol):
         """Tokens that its next step feeds to the model: the whole prompt first, then one at a time."""
 
     @property
-    def needs_slot(self) -> bool:
-        """Whether it keeps a generation slot between steps."""
+    def num_pages(self) -> int:
+        """Pages of the key-value cache that it holds while it runs; 0 for what ends after its prompt."""
 
     @property
     def cancelled(self) -> bool: ...
@@ -30,6 +30,24 @@ class Schedulable(Protocol):
 
 
 S = TypeVar("S", bound=Schedulable)
+
+
+@dataclass
+class Room:
+    """What a step may still take: tokens to run, generations and pages of the key-value cache."""
+
+    tokens: int
+    generations: int
+    pages: int
+
+    def fits(self, sequence: Schedulable) -> bool:
+        """Whether there is a place in the cache for it."""
+        return not sequence.num_pages or (self.generations > 0 and sequence.num_pages <= self.pages)
+
+    def take(self, sequence: Schedulable) -> None:
+        self.tokens -= sequence.num_new_tokens
+        self.generations -= sequence.num_pages > 0
+        self.pages -= sequence.num_pages
 
 
 @dataclass(frozen=True)
@@ -45,9 +63,10 @@ class Batch(Generic[S]):
 
 
 class BaseQueue(Generic[S]):
-    """The waiting and the running sequences of one base, oldest first."""
+    """The waiting and the running sequences of one base, oldest first; `num_pages` of cache for them all."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
         self.waiting: deque[S] = deque()
         self.running: list[S] = []
 
@@ -55,24 +74,24 @@ class BaseQueue(Generic[S]):
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def take_prompts(self, budget: int, free_slots: int) -> list[S]:
+    def take_prompts(self, room: Room) -> list[S]:
         """Remove and return the waiting prompts that fit, oldest first.
 
         The oldest is always taken, so that a prompt longer than the budget runs too, as the only prompt
-        of its step. Prompts that wait for a generation slot do not hold up those that need none.
+        of its step. Generations that wait for a place in the cache wait in their order, so that a large one
+        has its turn, and do not hold up what needs none.
         """
         taken: list[S] = []
         passed: list[S] = []
         while self.waiting:
             sequence = self.waiting[0]
-            if sequence.needs_slot and free_slots == 0:
+            if sequence.num_pages and (passed or not room.fits(sequence)):
                 passed.append(self.waiting.popleft())
                 continue
-            if taken and sequence.num_new_tokens > budget:
+            if taken and sequence.num_new_tokens > room.tokens:
                 break
             taken.append(self.waiting.popleft())
-            budget -= sequence.num_new_tokens
-            free_slots -= sequence.needs_slot
+            room.take(sequence)
         self.waiting.extendleft(reversed(passed))
         return taken
 
@@ -82,12 +101,16 @@ class Scheduler(Generic[S]):
 
     Every step of a base takes all its decoding sequences, one token each, and fills the rest of
     the budget with prompts: decoding never stalls, and a prompt waits only for older prompts.
+
+    A generation starts once the cache has pages for its prompt and all that it asks for. It keeps them to its
+    end, so none is ever stopped to make room, or runs twice.
     """
 
     def __init__(
-        self, bases: Iterable[str], *, max_batch_tokens: int, max_sequences: int, max_queue: int
+        self, num_pages: Mapping[str, int], *, max_batch_tokens: int, max_sequences: int, max_queue: int
     ) -> None:
-        self._queues: dict[str, BaseQueue[S]] = {base: BaseQueue() for base in bases}
+        """`num_pages`: the pages of the key-value cache of each base."""
+        self._queues: dict[str, BaseQueue[S]] = {base: BaseQueue(n) for base, n in num_pages.items()}
         self._turns = deque(self._queues)
         self._max_batch_tokens = max_batch_tokens
         self._max_sequences = max_sequences
@@ -107,9 +130,14 @@ class Scheduler(Generic[S]):
     def add(self, sequences: Sequence[S]) -> None:
         """Queue the sequences of one request, all of them or, where the queue is full, none.
 
-        Raises ServiceError (429, to be retried).
+        Raises ServiceError: 429, to be retried, or 400 where one needs more cache than there is.
         """
         queue = self._queues[sequences[0].base]
+        if (most := max(sequence.num_pages for sequence in sequences)) > queue.num_pages:
+            message = (
+                f"prompt and max_tokens need {most} pages of the key-value cache; it has {queue.num_pages}"
+            )
+            raise ServiceError(ErrorKind.CONTEXT_LENGTH, message, param="max_tokens")
         if len(queue.waiting) + len(sequences) > self._max_queue:
             message = f"the queue of {sequences[0].base} is full ({self._max_queue} sequences)"
             raise ServiceError(ErrorKind.OVERLOADED, message, retry_after=1)
@@ -144,10 +172,10 @@ class Scheduler(Generic[S]):
         return None
 
     def _batch(self, base: str, queue: BaseQueue[S]) -> Batch[S]:
-        decoding = list(queue.running)
-        budget = self._max_batch_tokens - len(decoding)
-        free_slots = self._max_sequences - len(decoding)
-        queue.running += queue.take_prompts(budget, free_slots)
+        room = Room(self._max_batch_tokens, self._max_sequences, queue.num_pages)
+        for sequence in queue.running:
+            room.take(sequence)
+        queue.running += queue.take_prompts(room)
         return Batch(base, tuple(queue.running))
 
     def postprocess(self, batch: Batch[S]) -> None:

@@ -10,6 +10,7 @@ from time import perf_counter
 import torch
 
 from molex.adapter import Adapter
+from molex.kv_cache import Slot, pages_for
 from molex.routing import Route
 from molex.sampling import SamplingParams
 from server.detokenizer import TextStream
@@ -86,7 +87,7 @@ class Sequence:
 
     status: Status = Status.WAITING
     cancelled: bool = False
-    slot: int | None = None
+    slot: Slot | None = None
     start: int = 0
     """How many of its tokens are in the cache."""
     route: Route | None = None
@@ -108,8 +109,10 @@ class Sequence:
         return 1 if self.output_ids else len(self.token_ids)
 
     @property
-    def needs_slot(self) -> bool:
-        return self.sampling is not None
+    def num_pages(self) -> int:
+        if self.sampling is None:
+            return 0
+        return pages_for(len(self.token_ids) + self.sampling.max_tokens, self.adapter.num_streams)
 
     @property
     def finished(self) -> bool:

@@ -43,6 +43,13 @@ class Settings(BaseSettings):
     )
     max_batch_tokens: int = Field(2048, ge=1, le=1_048_576, description="Token budget of one forward pass.")
     max_sequences: int = Field(16, ge=1, le=1024, description="Generations that run at a time, per base.")
+    max_cache_tokens: int = Field(
+        32_768,
+        ge=16,
+        le=1_073_741_824,
+        description="Tokens whose keys and values are kept, per base; MoLEx keeps a token twice, "
+        "with top-2 three times.",
+    )
     max_queue: int = Field(
         1024, ge=1, le=1_048_576, description="Waiting sequences per base; beyond it callers get 429."
     )

@@ -134,7 +134,7 @@ class NativeLayers:
         if packed.past.any():
             return packed_attention(heads, num_kv_heads, packed, kv, scaling, window, rows)
         if kv is not None:
-            kv.write(packed, *heads[:, -2 * num_kv_heads :].split(num_kv_heads, dim=1))
+            kv.write(heads[:, -2 * num_kv_heads :])
         offsets = torch.from_numpy(np.append(packed.offsets, packed.num_tokens))
         output: Tensor = torch.ops.molex.attend(
             heads, offsets, num_kv_heads, scaling, packed.causal, window or 0

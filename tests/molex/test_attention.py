@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molex.attention import KVStreams, packed_attention
-from molex.kv_cache import KVCache
+from molex.attention import KVPlan, KVStreams, packed_attention
+from molex.kv_cache import PAGE_TOKENS, KVCache, pages_for
 from molex.packing import Packed
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def check(case, dtype=torch.float64, scaling=None, tolerance=1e-10):
     )
     query = torch.randn(sum(case.lengths), KV_HEADS * case.repeats, SIZE, generator=generator).to(dtype)
     packed = Packed(case.lengths, case.past, [0] * len(case.lengths), causal=case.causal, device=CPU)
-    kv = cache_with(case, keys, values, dtype) if any(case.cached) else None
+    kv = cache_with(case, packed, keys, values, dtype) if any(case.cached) else None
     new = [torch.cat([x[p:] for x, p in zip(xs, case.past, strict=True)]) for xs in (keys, values)]
 
     factor = 1 / math.sqrt(SIZE) if scaling is None else scaling
@@ -80,16 +80,22 @@ def check(case, dtype=torch.float64, scaling=None, tolerance=1e-10):
     torch.testing.assert_close(output.double(), torch.cat(expected), atol=tolerance, rtol=tolerance)
 
 
-def cache_with(case, keys, values, dtype):
-    """A cache that holds the earlier tokens, in slots that lie in another order than the requests."""
-    count = len(case.lengths)
-    cache = KVCache(count, 100, num_layers=1, num_heads=KV_HEADS, head_dim=SIZE, dtype=dtype, device=CPU)
-    streams = [cache.stream(count - 1 - i, 0) if kept else None for i, kept in enumerate(case.cached)]
-    for stream, past, k, v in zip(streams, case.past, keys, values, strict=True):
-        if stream is not None and past:
-            where = torch.full((past,), stream), torch.arange(past)
-            cache.depths[0].write(*where, k[:past], v[:past])
-    return KVStreams(cache.depths[0], streams)
+def cache_with(case, packed, keys, values, dtype):
+    """A cache that holds the earlier tokens, in pages that lie in another order than the tokens."""
+    count, each = len(case.lengths), pages_for(100)
+    cache = new_cache(count * each, dtype)
+    pages = np.random.default_rng(case.seed).permutation(count * each).reshape(count, each)
+    pages[~np.array(case.cached)] = -1
+    for own, past, k, v in zip(pages, case.past, keys, values, strict=True):
+        if past:
+            page, token = np.divmod(np.arange(past), PAGE_TOKENS)
+            places = torch.from_numpy(np.stack([own[page], token]))
+            cache.depths[0].write(places, torch.cat([k[:past], v[:past]], dim=1))
+    return KVStreams(cache.depths[0], KVPlan(packed, pages, KV_HEADS))
+
+
+def new_cache(num_pages, dtype):
+    return KVCache(num_pages, num_layers=1, num_heads=KV_HEADS, head_dim=SIZE, dtype=dtype, device=CPU)
 
 
 @given(cases())
@@ -126,14 +132,14 @@ def test_single_tokens_without_a_slot_run_beside_decoding_ones(cached):
 
 
 def test_new_keys_and_values_are_kept():
-    cache = KVCache(1, 4, num_layers=1, num_heads=KV_HEADS, head_dim=SIZE, dtype=torch.float32, device=CPU)
+    cache = new_cache(2, torch.float32)
     key, value = torch.randn(2, 3, KV_HEADS, SIZE)
     packed = Packed([3], [0], [0], causal=True, device=CPU)
     heads = torch.cat([key, key, value], dim=1)
-    packed_attention(heads, KV_HEADS, packed, KVStreams(cache.depths[0], [0]), scaling=1.0)
-    keys, values = cache.depths[0].read([0], 3)
-    assert torch.equal(keys[0], key.transpose(0, 1))
-    assert torch.equal(values[0], value.transpose(0, 1))
+    kv = KVStreams(cache.depths[0], KVPlan(packed, np.array([[1]]), KV_HEADS))
+    packed_attention(heads, KV_HEADS, packed, kv, scaling=1.0)
+    assert torch.equal(cache.depths[0].pages[1, :, :3], torch.cat([key, value], dim=1).transpose(0, 1))
+    assert not cache.depths[0].pages[0].any()
 
 
 @pytest.mark.parametrize("lengths", [[3, 20, 18], [5]])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from molex import BARE, MolexModel, Row
-from molex.errors import InputError, MolexError
+from molex.errors import InputError
+from molex.kv_cache import pages_for
 from molex.reference import Reference
 from tests.tiny import DECODERS, molex_config, random_adapter, random_ids, tiny_base
 
@@ -30,11 +31,12 @@ def adapters(model):
 @torch.no_grad()
 def test_decoding_equals_the_full_forward(base):
     model, reference = MolexModel.from_pretrained(base), Reference(base)
-    cache = model.new_cache(num_slots=6, max_length=40)
     *generating, classifier = adapters(model)
+    cache = model.new_cache(sum(pages_for(40, adapter.num_streams) for adapter in generating))
     texts = [random_ids(30, seed=n) for n in range(len(generating))]
     prompts = [3, 11, 1, 7]
-    slots = [cache.allocate() for _ in generating]
+    slots = [cache.allocate(40, adapter.num_streams) for adapter in generating]
+    assert cache.num_free == 0
     # Prompts enter one after the other while those before them decode; a classification rides along.
     done: list[int] = []
     routes: dict[int, object] = {}
@@ -59,15 +61,15 @@ def test_decoding_equals_the_full_forward(base):
 @torch.no_grad()
 def test_a_reused_slot_forgets_its_former_request(base):
     model = MolexModel.from_pretrained(base)
-    cache = model.new_cache(num_slots=1, max_length=40)
     adapter = adapters(model)[2]
+    cache = model.new_cache(pages_for(40, adapter.num_streams))
     ids = random_ids(6, seed=3)
     for former in (None, random_ids(30, seed=4)):
-        slot = cache.allocate()
+        slot = cache.allocate(40, 2)
         if former:
             model.run([Row(former, adapter, slot=slot)], cache)
             cache.free(slot)
-            slot = cache.allocate()
+            slot = cache.allocate(40, 2)
         first = model.run([Row(ids[:-1], adapter, slot=slot)], cache)
         second = model.run([Row(ids[-1:], adapter, slot=slot, start=5, route=first.routes[0])], cache)
         cache.free(slot)
@@ -75,21 +77,14 @@ def test_a_reused_slot_forgets_its_former_request(base):
         torch.testing.assert_close(second.logits[0], whole.logits[0], atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_slots_are_taken_and_given_back(base):
-    cache = MolexModel.from_pretrained(base).new_cache(num_slots=2, max_length=8)
-    assert [cache.allocate(), cache.allocate()] == [0, 1]
-    with pytest.raises(MolexError, match="all 2 generation slots"):
-        cache.allocate()
-    cache.free(0)
-    with pytest.raises(MolexError, match="slot 0 is not allocated"):
-        cache.free(0)
-    assert cache.num_free == 1
-
-
 def test_a_continuation_without_its_slot_or_route_is_named(base):
     model = MolexModel.from_pretrained(base)
-    cache, adapter = model.new_cache(num_slots=1, max_length=8), adapters(model)[2]
+    cache, adapter = model.new_cache(4), adapters(model)[2]
     with pytest.raises(InputError, match="request 0: 3 earlier tokens, but no cache slot"):
         model.run([Row([5], start=3)], cache)
     with pytest.raises(InputError, match="request 0: the route of its 3 earlier tokens is not pinned"):
-        model.run([Row([5], adapter, slot=cache.allocate(), start=3)], cache)
+        model.run([Row([5], adapter, slot=cache.allocate(8, 2), start=3)], cache)
+    with pytest.raises(InputError, match="request 0: 17 tokens do not fit its cache slot"):
+        model.run([Row(random_ids(17, seed=1), slot=cache.allocate(16))], cache)
+    with pytest.raises(InputError, match="request 0: its cache slot has no room for routed layers"):
+        model.run([Row([5], adapter, slot=cache.allocate(16))], cache)

@@ -71,8 +71,8 @@ def test_decoding_keeps_the_streams_of_both_precisions(base_folder):
     adapter = random_adapter(model.spec, seed=1, molex=molex_config(), task="CAUSAL_LM")
     tokens = random_ids(9, seed=2)
     whole = model.run([Row(tokens, adapter, voters=5)], lm_logits="all")
-    cache = model.new_cache(1, 16)
-    slot, route = cache.allocate(), whole.routes[0]
+    cache = model.new_cache(2)
+    slot, route = cache.allocate(9, adapter.num_streams), whole.routes[0]
     logits = [model.run([Row(tokens[:5], adapter, slot=slot, route=route)], cache).logits[0]]
     for at in range(5, 9):
         step = Row(tokens[at : at + 1], adapter, slot=slot, start=at, route=route)

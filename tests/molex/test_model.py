@@ -192,8 +192,8 @@ def test_tokens_that_are_no_integers_are_named(model, ids):
 @torch.no_grad()
 def test_a_classification_of_one_token_runs_beside_a_generation(decoder):
     classifier = random_adapter(decoder.spec, seed=3)
-    cache = decoder.new_cache(num_slots=1, max_length=20)
-    slot, alone = cache.allocate(), decoder.run([Row([5], classifier)]).logits[0]
+    cache = decoder.new_cache(2)
+    slot, alone = cache.allocate(8, 2), decoder.run([Row([5], classifier)]).logits[0]
     first = decoder.run([Row(random_ids(6, seed=1), decoder.adapters["a"], slot=slot)], cache)
     step = Row([7], decoder.adapters["a"], slot=slot, start=6, route=first.routes[0])
     together = decoder.run([step, Row([5], classifier)], cache).logits[1]

@@ -27,9 +27,14 @@ def running(live) -> float:
 
 
 def idle(live) -> bool:
-    """Nothing runs or waits, and every generation slot is free."""
+    """Nothing runs or waits, and every page of the cache is free."""
     left = running(live) + waiting(live, "dec") + waiting(live, "enc")
-    return left == 0 and live.engine.bases["dec"].runner.num_free_slots == 4
+    return left == 0 and all_free(live)
+
+
+def all_free(live) -> bool:
+    runner = live.engine.bases["dec"].runner
+    return runner.num_free_pages == runner.num_pages
 
 
 def waiting(live, base: str) -> float:
@@ -106,7 +111,7 @@ def test_all_members_of_a_failed_batch_are_told(live, threads, brake):
         assert answer.status_code == 500
         assert answer.json()["error"]["code"] == "internal_error"
         assert "secret" not in answer.text
-    assert live.engine.bases["dec"].runner.num_free_slots == 4
+    assert all_free(live)
     assert live.complete(model="writer", prompt="w2", max_tokens=4).status_code == 200
 
 
@@ -124,7 +129,7 @@ def test_a_failure_in_the_middle_of_a_stream_is_an_event(live, monkeypatch):
     events = answer.text.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     assert json.loads(events[-3].removeprefix("data: "))["error"]["code"] == "internal_error"
-    assert runner.num_free_slots == 4
+    assert all_free(live)
 
 
 def test_a_sequence_with_broken_numbers_fails_alone(live, monkeypatch, threads, brake):
@@ -165,7 +170,7 @@ def test_a_full_queue_is_429_with_retry_after(live, threads, brake):
     assert answers == [200, 200, 200, 200]
 
 
-def test_leaving_a_stream_frees_its_slot(live, brake):
+def test_leaving_a_stream_frees_its_pages(live, brake):
     held = brake(live, "dec")
     held.release()
     body = {"model": "writer", "prompt": "w1 w2", "stream": True, **LONG}
@@ -221,6 +226,26 @@ def test_more_generations_than_slots_all_finish(live):
     for index, prompt in enumerate(prompts):
         alone = live.complete(model="poet", prompt=prompt, temperature=0, max_tokens=5).json()
         assert answer["choices"][index] == alone["choices"][0] | {"index": index}
+
+
+def test_generations_whose_tokens_do_not_fit_together_take_turns(settings, start, threads, brake):
+    # 96 tokens are 6 pages: one generation of `writer`, with its routed stream, of 3 + 40 tokens at a time.
+    live = start(settings.model_copy(update={"max_cache_tokens": 96}))
+    held = brake(live, "dec")
+    body = {"model": "writer", "prompt": "w1 w2", "max_tokens": 40, "ignore_eos": True}
+    asked = [threads.submit(live.complete, **body) for _ in range(3)]
+    held.until(lambda: waiting(live, "dec") == 2)
+    assert running(live) == 1
+    held.release()
+    assert [answer.result().json()["usage"]["completion_tokens"] for answer in asked] == [40] * 3
+    assert {len(batch) for batch in held.batches} == {1}
+    assert all_free(live)
+    refused = live.complete(**body | {"max_tokens": 60})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    assert "need 8 pages of the key-value cache; it has 6" in refused.json()["error"]["message"]
+    bare = live.complete(**body | {"model": "dec", "max_tokens": 60})
+    assert bare.status_code == 200
 
 
 def test_a_prompt_longer_than_the_token_budget_runs(live):

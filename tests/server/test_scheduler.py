@@ -21,10 +21,11 @@ class Work:
     base: str = "a"
     done: int = 0
     cancelled: bool = False
+    pages: int = 1
 
     @property
-    def needs_slot(self) -> bool:
-        return self.outputs > 0
+    def num_pages(self) -> int:
+        return self.pages if self.outputs else 0
 
     @property
     def num_new_tokens(self) -> int:
@@ -35,8 +36,9 @@ class Work:
         return self.done > 0 and self.done >= self.outputs
 
 
-def scheduler(bases="a", *, budget=10, slots=2, queue=100) -> Scheduler[Work]:
-    return Scheduler(bases, max_batch_tokens=budget, max_sequences=slots, max_queue=queue)
+def scheduler(bases="a", *, budget=10, slots=2, queue=100, pages=20) -> Scheduler[Work]:
+    num_pages = dict.fromkeys(bases, pages)
+    return Scheduler(num_pages, max_batch_tokens=budget, max_sequences=slots, max_queue=queue)
 
 
 def step(target: Scheduler[Work]) -> list[Work]:
@@ -88,6 +90,25 @@ def test_generations_wait_for_a_slot_and_classifications_pass_them():
     assert step(target) == [waiting]
 
 
+def test_generations_wait_for_pages_in_their_order_and_classifications_pass_them():
+    target = scheduler(slots=9, pages=10)
+    running, large, small = Work(1, outputs=2, pages=6), Work(1, outputs=2, pages=5), Work(1, outputs=1)
+    passing = Work(1)
+    target.add([running, large, small, passing])
+    assert step(target) == [running, passing]
+    assert step(target) == [running]
+    assert step(target) == [large, small]
+
+
+def test_what_needs_more_pages_than_there_are_is_refused():
+    target = scheduler(pages=4)
+    target.add([Work(1, outputs=1, pages=4)])
+    with pytest.raises(ServiceError, match="need 5 pages of the key-value cache; it has 4") as caught:
+        target.add([Work(1, outputs=1, pages=5)])
+    assert (caught.value.kind.status, caught.value.param) == (400, "max_tokens")
+    assert target.num_waiting("a") == 1
+
+
 def test_bases_take_turns():
     target = scheduler("ab", budget=1)
     works = [Work(1), Work(1), Work(1, base="b"), Work(1, base="b")]
@@ -127,12 +148,19 @@ def test_drop_all_returns_everything():
     assert target.schedule() is None
 
 
-work = st.builds(Work, st.integers(1, 15), st.integers(0, 4), st.sampled_from("ab"), cancelled=st.booleans())
+work = st.builds(
+    Work,
+    st.integers(1, 15),
+    st.integers(0, 4),
+    st.sampled_from("ab"),
+    cancelled=st.booleans(),
+    pages=st.integers(1, 6),
+)
 
 
 @given(st.lists(st.lists(work, max_size=4), max_size=12), st.integers(1, 12), st.integers(1, 3))
 def test_limits_hold_and_nothing_is_left_waiting(arrivals, budget, slots):
-    target = scheduler("ab", budget=max(budget, slots), slots=slots)
+    target = scheduler("ab", budget=max(budget, slots), slots=slots, pages=6)
     everything: list[Work] = []
     for arriving in [*arrivals, *[[]] * 400]:
         everything += arriving
@@ -145,7 +173,8 @@ def test_limits_hold_and_nothing_is_left_waiting(arrivals, budget, slots):
         decoding = [item for item in batch if before[item] > 0]
         assert not any(item.cancelled for item in batch)
         assert len({item.base for item in batch}) <= 1
-        assert sum(item.needs_slot for item in batch) <= slots
+        assert sum(item.outputs > 0 for item in batch) <= slots
+        assert sum(item.num_pages for item in batch) <= 6
         tokens = sum(item.length for item in prompts) + len(decoding)
         assert tokens <= max(budget, slots) or len(prompts) == 1
     assert all(item.finished or item.cancelled for item in everything)
