@@ -23,32 +23,9 @@ from molex.errors import InputError
 from molex.forward import Forward
 from molex.kv_cache import KVCache
 from molex.lora import BatchLora
-from molex.routing import Route, Router, flat_route
+from molex.passes import Pass, RunOutput, RunStats
+from molex.routing import flat_route
 from molex.row import Row, check
-
-
-@dataclass(frozen=True)
-class RunStats:
-    """What one forward pass was made of; `distinct_layers` counts routed layers, summed over depths."""
-
-    tokens: int
-    distinct_adapters: int
-    distinct_layers: int
-
-
-@dataclass(frozen=True)
-class RunOutput:
-    """The results of a forward pass, in the order of its rows.
-
-    `logits[i]` is [num_labels] for a classification adapter, [vocab] or [tokens, vocab] for a causal language
-    model, and the last hidden states [tokens, d] for the bare encoder. `balance_loss` is the load-balance
-    loss averaged over the votes of the pass, 0 where none was held or no gradient is taken.
-    """
-
-    logits: list[Tensor]
-    routes: list[Route]
-    balance_loss: Tensor
-    stats: RunStats
 
 
 @dataclass(frozen=True)
@@ -203,28 +180,22 @@ class MolexModel:
         """
         if not rows:
             return RunOutput([], [], torch.zeros(()), RunStats(0, 0, 0))
+        forward = self.begin(rows, cache, lm_logits)
+        forward.advance(forward.depths_left)
+        return forward.output()
+
+    def begin(
+        self,
+        rows: Sequence[Row],
+        cache: KVCache | None = None,
+        lm_logits: Literal["last", "all"] = "last",
+    ) -> Pass:
+        """A forward pass as in `run` that has not run through any depth yet."""
         for number, row in enumerate(rows):
             check(number, row, self.spec, cache)
         adapters = list({id(row.adapter): row.adapter for row in rows}.values())
         forward = Forward(rows, adapters, self._lora_of(adapters), cache, self.backbone, lm_logits)
-        voters = [len(row.token_ids) if row.voters is None else row.voters for row in forward.rows]
-        pinned = [row.route for row in forward.rows]
-        router = Router(adapters, forward.packed, voters, pinned, self.backbone.own.gate_logits)
-        hidden = forward.embed()
-        distinct_layers = 0
-        for depth in range(self.spec.num_layers):
-            plan = router.plan(depth, hidden)
-            distinct_layers += len(plan.groups)
-            hidden = forward.run_depth(depth, plan, hidden)
-        logits = forward.logits(hidden, lm_logits)
-        routes, losses = router.routes, router.balance_losses
-        inverse = sorted(range(len(rows)), key=forward.order.__getitem__)
-        return RunOutput(
-            [logits[i] for i in inverse],
-            [routes[i] for i in inverse],
-            torch.stack(losses).mean() if losses else torch.zeros((), device=self.device),
-            RunStats(forward.packed.num_tokens, len(adapters), distinct_layers),
-        )
+        return Pass(forward, lm_logits)
 
     def _lora_of(self, adapters: list[Adapter]) -> BatchLora:
         """Keep the last batch's stacked factors: a decoding step has the adapters of the one before."""

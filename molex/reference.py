@@ -45,7 +45,7 @@ class Reference:
         route: Route | None = None,
         token_type_ids: Sequence[int] | None = None,
     ) -> tuple[Tensor, Route]:
-        """Logits as in `molex.model.RunOutput` (all tokens of a causal language model), and the route.
+        """Logits as in `molex.passes.RunOutput` (all tokens of a causal language model), and the route.
 
         The first `voters` tokens vote (None: all), unless a route is given.
         """

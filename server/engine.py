@@ -177,7 +177,7 @@ class Engine:
         """Run a batch. Where it fails, every member is answered and the worker goes on."""
         runner = self.bases[batch.base].runner
         try:
-            return runner.run(batch.sequences)
+            return runner.run(batch.sequences, batch.part_tokens)
         except Exception:
             log.exception("a batch of %d sequences failed", len(batch.sequences))
             return runner.fail(batch.sequences)
@@ -190,7 +190,7 @@ class Engine:
         self._deliver(output.updates)
 
     def _record(self, base: str, output: StepOutput) -> None:
-        if (stats := output.stats) is not None:
+        for stats in output.stats:
             self.metrics.batch(base, stats.tokens, stats.distinct_adapters, stats.distinct_layers)
         now = perf_counter()
         for update in output.updates:

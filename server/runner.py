@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from molex.kv_cache import PAGE_TOKENS
-from molex.model import MolexModel, RunStats
+from molex.model import MolexModel
+from molex.passes import RunOutput, RunStats
 from molex.row import Row
 from molex.sampling import SampledToken, new_generator, sample
 from server.detokenizer import TextStream
@@ -24,10 +25,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one step brought: an update of every sequence in it."""
+    """What one step brought: an update of every sequence whose pass has ended, and what the passes were."""
 
     updates: list[Update]
-    stats: RunStats | None = None
+    stats: list[RunStats] = field(default_factory=list)
 
 
 class ModelRunner:
@@ -53,19 +54,44 @@ class ModelRunner:
         return 0 if self._cache is None else self._cache.nbytes
 
     @torch.inference_mode()
-    def run(self, sequences: Seq[Sequence]) -> StepOutput:
-        """Run one step. Whatever it raises concerns all the sequences; see `fail`."""
-        begin = perf_counter()
-        rows = [self._row(sequence) for sequence in sequences]
-        output = self._model.run(rows, self._cache)
-        seconds = perf_counter() - begin
-        updates = []
+    def run(self, sequences: Seq[Sequence], part_tokens: int = 0) -> StepOutput:
+        """Run one step, as in `Batch`. Whatever it raises concerns all the sequences; see `fail`."""
+        step = StepOutput([])
+        whole = sequences[:-1] if part_tokens else sequences
+        if whole:
+            begin = perf_counter()
+            output = self._model.run([self._row(sequence) for sequence in whole], self._cache)
+            self._end_pass(step, whole, output, perf_counter() - begin)
+        if part_tokens:
+            self._run_part(step, sequences[-1], part_tokens)
+        return step
+
+    def _end_pass(
+        self, step: StepOutput, sequences: Seq[Sequence], output: RunOutput, seconds: float
+    ) -> None:
+        step.stats.append(output.stats)
         for sequence, logits, route in zip(sequences, output.logits, output.routes, strict=True):
             sequence.timings.forward += seconds
-            sequence.start += sequence.num_new_tokens
+            sequence.start += len(sequence.new_token_ids)
             sequence.route = route
-            updates.append(self._advance(sequence, logits))
-        return StepOutput(updates, output.stats)
+            step.updates.append(self._advance(sequence, logits))
+
+    def _run_part(self, step: StepOutput, sequence: Sequence, tokens: int) -> None:
+        """Run a long prompt through some more depths. What it raises concerns nobody else."""
+        begin = perf_counter()
+        try:
+            running = sequence.paused or self._model.begin([self._row(sequence)], self._cache)
+            running.advance(running.depths_within(tokens))
+            sequence.paused = running if running.depths_left else None
+            output = None if running.depths_left else running.output()
+        except Exception:
+            log.exception("a prompt that runs in parts failed")
+            step.updates.append(self._failure(sequence))
+            return
+        if output is None:
+            sequence.timings.forward += perf_counter() - begin
+        else:
+            self._end_pass(step, [sequence], output, perf_counter() - begin)
 
     def fail(self, sequences: Seq[Sequence]) -> StepOutput:
         """Answer every sequence of a step that raised."""
@@ -73,7 +99,7 @@ class ModelRunner:
 
     def release(self, sequence: Sequence) -> None:
         """End a sequence and give its pages back."""
-        sequence.status = Status.FINISHED
+        sequence.status, sequence.paused = Status.FINISHED, None
         if sequence.slot is not None and self._cache is not None:
             self._cache.free(sequence.slot)
             sequence.slot = None

@@ -17,7 +17,14 @@ class Schedulable(Protocol):
     def base(self) -> str: ...
     @property
     def num_new_tokens(self) -> int:
-        """Tokens that its next step feeds to the model: the whole prompt first, then one at a time."""
+        """Tokens that its next step feeds to the model: the whole prompt first, then one at a time.
+
+        Of a prompt that has run in part, what is left of its work.
+        """
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether its prompt has run in part."""
 
     @property
     def num_pages(self) -> int:
@@ -52,34 +59,42 @@ class Room:
 
 @dataclass(frozen=True)
 class Batch(Generic[S]):
-    """Sequences of one base that run together in one step."""
+    """Sequences of one base that run together in one step.
+
+    With `part_tokens` the last of them runs in parts, and this much of its work is for this step.
+    """
 
     base: str
     sequences: tuple[S, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(sequence.num_new_tokens for sequence in self.sequences)
+    part_tokens: int = 0
 
 
 class BaseQueue(Generic[S]):
-    """The waiting and the running sequences of one base, oldest first; `num_pages` of cache for them all."""
+    """The waiting and the running sequences of one base, oldest first; `num_pages` of cache for them all.
+
+    `partial` is the one whose prompt runs in parts.
+    """
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self.waiting: deque[S] = deque()
         self.running: list[S] = []
+        self.partial: S | None = None
+
+    @property
+    def started(self) -> list[S]:
+        return self.running if self.partial is None else [*self.running, self.partial]
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.started)
 
     def take_prompts(self, room: Room) -> list[S]:
         """Remove and return the waiting prompts that fit, oldest first.
 
-        The oldest is always taken, so that a prompt longer than the budget runs too, as the only prompt
-        of its step. Generations that wait for a place in the cache wait in their order, so that a large one
-        has its turn, and do not hold up what needs none.
+        Where the oldest is longer than the room, it becomes the one that runs in parts. Generations that wait
+        for a place in the cache wait in their order, so that a large one has its turn, and do not hold up
+        what needs none.
         """
         taken: list[S] = []
         passed: list[S] = []
@@ -88,19 +103,30 @@ class BaseQueue(Generic[S]):
             if sequence.num_pages and (passed or not room.fits(sequence)):
                 passed.append(self.waiting.popleft())
                 continue
-            if taken and sequence.num_new_tokens > room.tokens:
+            if sequence.num_new_tokens > room.tokens:
+                if not (taken or self.partial):
+                    self.partial = self.waiting.popleft()
                 break
             taken.append(self.waiting.popleft())
             room.take(sequence)
         self.waiting.extendleft(reversed(passed))
         return taken
 
+    def take_part(self, room: Room) -> int:
+        """How much of the prompt that runs in parts is for this step; 0 where there is none."""
+        if self.partial is None:
+            return 0
+        tokens = min(self.partial.num_new_tokens, max(1, room.tokens))
+        room.take(self.partial)
+        return tokens
+
 
 class Scheduler(Generic[S]):
     """Continuous batching under a token budget, round robin over the bases that have work.
 
     Every step of a base takes all its decoding sequences, one token each, and fills the rest of
-    the budget with prompts: decoding never stalls, and a prompt waits only for older prompts.
+    the budget with prompts: decoding never stalls, and a prompt waits only for older prompts. One that is
+    longer than the rest runs in parts, over several steps.
 
     A generation starts once the cache has pages for its prompt and all that it asks for. It keeps them to its
     end, so none is ever stopped to make room, or runs twice.
@@ -120,7 +146,7 @@ class Scheduler(Generic[S]):
         return len(self._queues[base].waiting)
 
     def num_running(self, base: str) -> int:
-        return len(self._queues[base].running)
+        return len(self._queues[base].started)
 
     def sequences(self, base: str) -> list[S]:
         """All that wait or run on a base."""
@@ -149,16 +175,18 @@ class Scheduler(Generic[S]):
         for queue in self._queues.values():
             if any(sequence.cancelled for sequence in queue.waiting):
                 queue.waiting = deque(s for s in queue.waiting if not s.cancelled)
-            dropped += [sequence for sequence in queue.running if sequence.cancelled]
+            dropped += [sequence for sequence in queue.started if sequence.cancelled]
             queue.running = [sequence for sequence in queue.running if not sequence.cancelled]
+            if queue.partial is not None and queue.partial.cancelled:
+                queue.partial = None
         return dropped
 
     def drop_all(self) -> list[S]:
         """Forget everything; returns it."""
         dropped: list[S] = []
         for queue in self._queues.values():
-            dropped += [*queue.running, *queue.waiting]
-            queue.running, queue.waiting = [], deque()
+            dropped += [*queue.started, *queue.waiting]
+            queue.running, queue.waiting, queue.partial = [], deque(), None
         return dropped
 
     def schedule(self) -> Batch[S] | None:
@@ -175,10 +203,15 @@ class Scheduler(Generic[S]):
         room = Room(self._max_batch_tokens, self._max_sequences, queue.num_pages)
         for sequence in queue.running:
             room.take(sequence)
+        part_tokens = queue.take_part(room)
         queue.running += queue.take_prompts(room)
-        return Batch(base, tuple(queue.running))
+        part_tokens = part_tokens or queue.take_part(room)
+        return Batch(base, tuple(queue.started), part_tokens)
 
     def postprocess(self, batch: Batch[S]) -> None:
         """Retire the sequences that ended in this step."""
         queue = self._queues[batch.base]
+        if queue.partial is not None and not queue.partial.is_paused:
+            queue.running.append(queue.partial)
+            queue.partial = None
         queue.running = [sequence for sequence in queue.running if not sequence.finished]

@@ -11,6 +11,7 @@ import torch
 
 from molex.adapter import Adapter
 from molex.kv_cache import Slot, pages_for
+from molex.passes import Pass
 from molex.routing import Route
 from molex.sampling import SamplingParams
 from server.detokenizer import TextStream
@@ -90,6 +91,8 @@ class Sequence:
     slot: Slot | None = None
     start: int = 0
     """How many of its tokens are in the cache."""
+    paused: Pass | None = None
+    """Its first forward pass, where that runs in parts and has not ended."""
     route: Route | None = None
     output_ids: list[int] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -106,7 +109,13 @@ class Sequence:
 
     @property
     def num_new_tokens(self) -> int:
+        if self.paused is not None:
+            return self.paused.tokens_left
         return 1 if self.output_ids else len(self.token_ids)
+
+    @property
+    def is_paused(self) -> bool:
+        return self.paused is not None
 
     @property
     def num_pages(self) -> int:

@@ -175,13 +175,13 @@ class Brake:
         self._go = Event()
         monkeypatch.setattr(runner, "run", self._held)
 
-    def _held(self, sequences: tuple[Sequence, ...]) -> StepOutput:
+    def _held(self, sequences: tuple[Sequence, ...], part_tokens: int) -> StepOutput:
         self.batches.append(tuple(sequences))
         assert self._go.wait(60)
         if self.failing:
             self.failing = False
             raise RuntimeError("a test breaks this step")
-        return self._run(sequences)
+        return self._run(sequences, part_tokens)
 
     def release(self) -> None:
         """Let every step from now on run."""

@@ -37,6 +37,16 @@ def all_free(live) -> bool:
     return runner.num_free_pages == runner.num_pages
 
 
+def send(live, body: dict) -> socket.socket:
+    """Ask for a completion and return the connection, for a client that will not wait for the answer."""
+    content = json.dumps(body)
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    url = httpx.URL(live.url)
+    connection = socket.create_connection((url.host, url.port))
+    connection.sendall(f"{head}content-length: {len(content)}\r\n\r\n{content}".encode())
+    return connection
+
+
 def waiting(live, base: str) -> float:
     return live.metrics()[f'molex_queue_depth{{base="{base}"}}']
 
@@ -97,11 +107,11 @@ def test_all_members_of_a_failed_batch_are_told(live, threads, brake):
     held.until(lambda: waiting(live, "dec") == 3)
     original, failures = held._run, []
 
-    def run(sequences):
+    def run(sequences, part_tokens):
         if len(sequences) == 3 and not failures:
             failures.append(sequences)
             raise RuntimeError("secret/path broke")
-        return original(sequences)
+        return original(sequences, part_tokens)
 
     held._run = run
     held.release()
@@ -119,10 +129,10 @@ def test_a_failure_in_the_middle_of_a_stream_is_an_event(live, monkeypatch):
     runner = live.engine.bases["dec"].runner
     original = runner.run
 
-    def run(sequences):
+    def run(sequences, part_tokens):
         if any(len(sequence.output_ids) == 3 for sequence in sequences):
             raise RuntimeError("a test breaks this step")
-        return original(sequences)
+        return original(sequences, part_tokens)
 
     monkeypatch.setattr(runner, "run", run)
     answer = live.complete(model="writer", prompt="w1", stream=True, **LONG)
@@ -184,11 +194,7 @@ def test_leaving_a_stream_frees_its_pages(live, brake):
 @pytest.mark.parametrize("stream", [False, True])
 def test_leaving_before_the_first_token_drops_the_work(live, brake, stream):
     held = brake(live, "dec")
-    body = json.dumps({"model": "writer", "prompt": "w1 w2", "stream": stream, **LONG})
-    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-    url = httpx.URL(live.url)
-    with socket.create_connection((url.host, url.port)) as connection:
-        connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
+    with send(live, {"model": "writer", "prompt": "w1 w2", "stream": stream, **LONG}):
         held.until(lambda: len(held.batches) == 1)
     [sequence] = held.batches[0]
     held.until(lambda: sequence.cancelled)
@@ -252,6 +258,66 @@ def test_a_prompt_longer_than_the_token_budget_runs(live):
     text = " ".join(["w1"] * 80)
     assert live.classify(model="mood", input=text).status_code == 200
     assert live.complete(model="writer", prompt=text, max_tokens=4).status_code == 200
+
+
+@pytest.mark.parametrize("budget", [4, 9, 30])
+def test_an_answer_does_not_depend_on_how_its_prompt_was_cut(live, settings, start, budget):
+    cut = start(settings.model_copy(update={"max_batch_tokens": budget}))
+    text = " ".join(f"w{i}" for i in range(40))
+    for model in ("writer", "poet", "dec"):
+        body = {"model": model, "prompt": text, "max_tokens": 8, "temperature": 0, "return_routes": True}
+        whole, parts = (server.complete(**body).json()["choices"][0] for server in (live, cut))
+        assert whole == parts
+    for model in ("mood", "rank2", "topic", "judge"):
+        whole, parts = (server.classify(model=model, input=text).json()["data"][0] for server in (live, cut))
+        assert whole["probs"] == pytest.approx(parts["probs"], abs=1e-12)
+
+
+def test_a_long_prompt_runs_beside_decoding_and_can_be_left(settings, start, threads, brake):
+    live = start(settings.model_copy(update={"max_batch_tokens": 20}))
+    held = brake(live, "dec")
+    decoding = threads.submit(live.complete, model="poet", prompt="w1", **LONG)
+    held.until(lambda: len(held.batches) == 1)
+    connection = send(live, {"model": "writer", "prompt": " ".join(["w1"] * 80), "max_tokens": 2})
+    held.until(lambda: waiting(live, "dec") == 1)
+    parts = []
+    original = held._run
+
+    def run(sequences, part_tokens):
+        output = original(sequences, part_tokens)
+        if part_tokens:
+            parts.append((part_tokens, len(output.updates), sequences[-1].is_paused))
+        if part_tokens and len(parts) == 2:
+            connection.close()
+            held.until(lambda: sequences[-1].cancelled)
+        return output
+
+    held._run = run
+    held.release()
+    assert decoding.result().json()["usage"]["completion_tokens"] == LONG["max_tokens"]
+    # 81 tokens in 19 beside one that decodes: one of the five depths a step, until the client left.
+    assert parts == [(19, 1, True), (19, 1, True)]
+    held.until(lambda: idle(live))
+
+
+def test_a_long_prompt_that_fails_fails_alone(settings, start, threads, brake, monkeypatch):
+    live = start(settings.model_copy(update={"max_batch_tokens": 20}))
+    held = brake(live, "dec")
+    decoding = threads.submit(live.complete, model="poet", prompt="w1", **LONG)
+    held.until(lambda: len(held.batches) == 1)
+    long = threads.submit(live.complete, model="writer", prompt=" ".join(["w1"] * 80), max_tokens=2)
+    held.until(lambda: waiting(live, "dec") == 1)
+
+    def begin(*_):
+        raise RuntimeError("a test breaks this prompt")
+
+    model = live.engine.bases["dec"].model
+    original = model.begin
+    monkeypatch.setattr(model, "begin", lambda *a: begin() if len(a[0][0].token_ids) > 20 else original(*a))
+    held.release()
+    assert long.result().status_code == 500
+    assert decoding.result().status_code == 200
+    assert all_free(live)
 
 
 def test_a_reload_under_traffic_leaves_running_requests_on_their_weights(

@@ -1,0 +1,89 @@
+"""A forward pass from its rows to its results, which may stop between two depths and go on later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from molex.forward import Forward
+from molex.routing import Route, Router
+
+
+@dataclass(frozen=True)
+class RunStats:
+    """What one forward pass was made of; `distinct_layers` counts routed layers, summed over depths."""
+
+    tokens: int
+    distinct_adapters: int
+    distinct_layers: int
+
+
+@dataclass(frozen=True)
+class RunOutput:
+    """The results of a forward pass, in the order of its rows.
+
+    `logits[i]` is [num_labels] for a classification adapter, [vocab] or [tokens, vocab] for a causal language
+    model, and the last hidden states [tokens, d] for the bare encoder. `balance_loss` is the load-balance
+    loss averaged over the votes of the pass, 0 where none was held or no gradient is taken.
+    """
+
+    logits: list[Tensor]
+    routes: list[Route]
+    balance_loss: Tensor
+    stats: RunStats
+
+
+class Pass:
+    """All rows of a `Forward` go through the depths together, so where it stops changes no result.
+
+    Stopping between depths and not between tokens is exact for every row: a vote needs all tokens of a prompt
+    at a depth, and so does the attention of an encoder.
+    """
+
+    def __init__(self, forward: Forward, lm_logits: Literal["last", "all"]) -> None:
+        voters = [len(row.token_ids) if row.voters is None else row.voters for row in forward.rows]
+        self._forward = forward
+        self._lm_logits: Literal["last", "all"] = lm_logits
+        pinned = [row.route for row in forward.rows]
+        logits = forward.backbone.own.gate_logits
+        self._router = Router(forward.adapters, forward.packed, voters, pinned, logits)
+        self._hidden = forward.embed()
+        self._num_depths = len(forward.backbone.own.blocks)
+        self._depth = 0
+        self._distinct_layers = 0
+
+    @property
+    def depths_left(self) -> int:
+        return self._num_depths - self._depth
+
+    @property
+    def tokens_left(self) -> int:
+        """The work that is left, in tokens that run through all depths."""
+        return -(-self._forward.packed.num_tokens * self.depths_left // self._num_depths)
+
+    def depths_within(self, tokens: int) -> int:
+        """As many of the depths left as are the work of so many tokens through all depths, at least one."""
+        return min(self.depths_left, max(1, tokens * self._num_depths // self._forward.packed.num_tokens))
+
+    def advance(self, depths: int) -> None:
+        """Run through the next `depths` depths."""
+        for depth in range(self._depth, self._depth + depths):
+            plan = self._router.plan(depth, self._hidden)
+            self._distinct_layers += len(plan.groups)
+            self._hidden = self._forward.run_depth(depth, plan, self._hidden)
+        self._depth += depths
+
+    def output(self) -> RunOutput:
+        """The results, once all depths have run."""
+        forward, losses = self._forward, self._router.balance_losses
+        logits, routes = forward.logits(self._hidden, self._lm_logits), self._router.routes
+        inverse = sorted(range(len(forward.rows)), key=forward.order.__getitem__)
+        return RunOutput(
+            [logits[i] for i in inverse],
+            [routes[i] for i in inverse],
+            torch.stack(losses).mean() if losses else torch.zeros((), device=forward.backbone.device),
+            RunStats(forward.packed.num_tokens, len(forward.adapters), self._distinct_layers),
+        )
