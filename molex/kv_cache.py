@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import heapq
 import math
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +35,27 @@ def pages_for(num_tokens: int, num_streams: int = 1) -> int:
     return num_streams * -(-num_tokens // PAGE_TOKENS)
 
 
+@dataclass
+class KeptPage:
+    """A full page in each of a request's streams, the request's route, and how many slots hold the page."""
+
+    pages: tuple[int, ...]
+    route: tuple[Any, ...]
+    holders: int = 1
+
+
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """The pages [streams, n] of one request: those of its own layers, then those of its routed ones."""
+    """The pages [streams, n] of one request: those of its own layers, then those of its routed ones.
+
+    The first `num_reused` tokens are there already, and with them the `route` that they were run with.
+    `keys[i]` is what its page i is kept under; None for one of its own beside a kept one.
+    """
 
     pages: Indices
+    num_reused: int = 0
+    route: tuple[Any, ...] | None = None
+    keys: list[bytes | None] = field(default_factory=list)
 
     @property
     def num_streams(self) -> int:
@@ -97,6 +117,8 @@ class KVCache:
         self.depths = [DepthCache(shape, dtype, device) for _ in range(num_layers)]
         self._free = list(range(num_pages))
         self._taken: set[Slot] = set()
+        self._kept: dict[bytes, KeptPage] = {}
+        self._unused: OrderedDict[bytes, KeptPage] = OrderedDict()
         self._num_touched = 0
 
     @property
@@ -105,24 +127,51 @@ class KVCache:
         return self._num_touched * sum(depth.pages[0].nbytes for depth in self.depths)
 
     @property
-    def num_free(self) -> int:
-        """Pages."""
-        return len(self._free)
+    def num_unused(self) -> int:
+        """Pages that are kept, and held by no slot."""
+        return sum(len(kept.pages) for kept in self._unused.values())
 
-    def allocate(self, num_tokens: int, num_streams: int = 1) -> Slot:
+    @property
+    def num_free(self) -> int:
+        """Pages that a slot can get, kept ones included."""
+        return len(self._free) + self.num_unused
+
+    def allocate(self, num_tokens: int, num_streams: int = 1, keys: Sequence[bytes] = ()) -> Slot:
         """Take pages for so many tokens in each of a request's streams. Raises CacheFullError.
 
-        The lowest free ones are taken: fewer are ever touched, and neighbours are read without copying.
+        As many of its first pages as are kept under `keys` are shared. Of the free ones the lowest are taken,
+        so that fewer are ever touched.
         """
-        count = pages_for(num_tokens, num_streams)
-        if count > self.num_free:
-            raise CacheFullError(f"{num_tokens} tokens need {count} pages; {self.num_free} are free")
+        found = list(takewhile(self._kept.__contains__, keys))
+        kept = [self._kept[key] for key in found]
+        reused = len(found) * PAGE_TOKENS
+        count = pages_for(num_tokens - reused, num_streams)
+        free = self.num_free - sum(len(page.pages) for page in kept if not page.holders)
+        if count > free:
+            raise CacheFullError(f"{num_tokens} tokens need {count} more pages; {free} are free")
+        for key, page in zip(found, kept, strict=True):
+            page.holders += 1
+            self._unused.pop(key, None)
+        shared = np.array([page.pages for page in kept], dtype=np.int64).reshape(-1, num_streams).T
+        own = self._take(count).reshape(num_streams, -1)
+        route = kept[0].route if kept else None
+        slot = Slot(np.concatenate([shared, own], axis=1), reused, route, [*found])
+        self._taken.add(slot)
+        return slot
+
+    def _take(self, count: int) -> Indices:
+        while count > len(self._free):
+            key, kept = self._unused.popitem(last=False)
+            del self._kept[key]
+            self._give(kept.pages)
         pages = np.array([heapq.heappop(self._free) for _ in range(count)], dtype=np.int64)
         self._wipe(pages[pages < self._num_touched])
         self._num_touched = max(self._num_touched, int(pages.max(initial=-1)) + 1)
-        slot = Slot(pages.reshape(num_streams, -1))
-        self._taken.add(slot)
-        return slot
+        return pages
+
+    def _give(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            heapq.heappush(self._free, page)
 
     def _wipe(self, pages: Indices) -> None:
         """Masked keys and values are multiplied by 0, and a former request may have left NaN behind."""
@@ -131,10 +180,31 @@ class KVCache:
             for depth in self.depths:
                 depth.pages.index_fill_(0, index, 0)
 
+    def keep(self, slot: Slot, keys: Sequence[bytes], route: tuple[Any, ...]) -> None:
+        """Keep the first pages of a slot, which are full, under `keys` for requests to come."""
+        for number in range(len(slot.keys), len(keys)):
+            key = keys[number]
+            if key in self._kept:
+                slot.keys.append(None)
+                continue
+            self._kept[key] = KeptPage(tuple(slot.pages[:, number].tolist()), route)
+            slot.keys.append(key)
+
     def free(self, slot: Slot) -> None:
         """Give the pages of a slot back. Raises MolexError where they were given back before."""
         if slot not in self._taken:
             raise MolexError("this slot is not allocated")
         self._taken.remove(slot)
-        for page in slot.pages.ravel().tolist():
-            heapq.heappush(self._free, page)
+        # From the end: a page is of use only after all those before it, so it should go before them.
+        for number in reversed(range(slot.pages.shape[1])):
+            key = slot.keys[number] if number < len(slot.keys) else None
+            if key is None:
+                self._give(slot.pages[:, number].tolist())
+            else:
+                self._release(key)
+
+    def _release(self, key: bytes) -> None:
+        kept = self._kept[key]
+        kept.holders -= 1
+        if not kept.holders:
+            self._unused[key] = kept

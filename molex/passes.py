@@ -51,7 +51,7 @@ class Pass:
         logits = forward.backbone.own.gate_logits
         self._router = Router(forward.adapters, forward.packed, voters, pinned, logits)
         self._hidden = forward.embed()
-        self._num_depths = len(forward.backbone.own.blocks)
+        self._num_depths = forward.backbone.num_layers
         self._depth = 0
         self._distinct_layers = 0
 

@@ -40,5 +40,10 @@ def load_base(name: str, source: str, settings: Settings) -> Base:
     model.prepack(int8=precision.int8, routed_int8=precision.routed_int8)
     model.warm_up(min(WARM_ROWS, settings.max_batch_tokens))
     tokenization = Tokenization.from_pretrained(source, model.spec, max_length=settings.max_length)
-    runner = ModelRunner(model, tokenization, cache_tokens=settings.max_cache_tokens)
+    runner = ModelRunner(
+        model,
+        tokenization,
+        cache_tokens=settings.max_cache_tokens,
+        reuse_prefixes=settings.prefix_reuse == "on",
+    )
     return Base(name, model, tokenization, runner)

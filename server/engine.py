@@ -206,6 +206,7 @@ class Engine:
         timings = sequence.timings
         if len(sequence.output_ids) == 1:
             self.metrics.first_token(base, now - timings.created)
+            self.metrics.reused(base, sequence.num_reused)
         else:
             self.metrics.next_token(base, now - timings.last_token)
         timings.last_token = now
@@ -244,17 +245,23 @@ class Engine:
         return sum(a.nbytes for a in self._adapters_in_use([base]) & self.adapters.leaving())
 
     def _watch(self, base: str) -> None:
+        runner = self.bases[base].runner
         self.metrics.watch_base(
             base,
             waiting=lambda: self._scheduler.num_waiting(base),
             running=lambda: self._scheduler.num_running(base),
             registered=lambda: self.adapters.count(base),
             resident=lambda: len(self.adapters.residents(base)),
+            pages={
+                "used": lambda: runner.num_pages - runner.num_free_pages,
+                "kept": lambda: runner.num_kept_pages,
+                "free": lambda: runner.num_free_pages - runner.num_kept_pages,
+            },
             memory={
                 "weights": lambda: self.bases[base].model.nbytes,
                 "adapters": lambda: sum(served.nbytes for served in self.adapters.residents(base)),
                 "leaving_adapters": lambda: self._leaving_bytes(base),
-                "kv_cache": lambda: self.bases[base].runner.cache_bytes,
+                "kv_cache": lambda: runner.cache_bytes,
             },
         )
 

@@ -49,6 +49,12 @@ class Metrics:
         self._running = self._gauge(
             "molex_running_sequences", "Generations between first and last token.", "base"
         )
+        self._reused_tokens = self._counter(
+            "molex_reused_tokens", "Prompt tokens whose keys and values were there already.", "base"
+        )
+        self._pages = self._gauge(
+            "molex_kv_cache_pages", "Pages for keys and values, of 16 tokens each, by state.", "base", "state"
+        )
         self._batch_tokens = self._histogram(
             "molex_batch_tokens", "Tokens in a forward pass.", TOKENS, "base"
         )
@@ -103,16 +109,20 @@ class Metrics:
         running: Callable[[], int],
         registered: Callable[[], int],
         resident: Callable[[], int],
+        pages: Mapping[str, Callable[[], int]],
         memory: Mapping[str, Callable[[], int]],
     ) -> None:
         """Read the gauges of a base from these functions whenever they are asked for.
 
-        `memory`: bytes by kind.
+        `pages`: of the key-value cache by state; `memory`: bytes by kind.
         """
         self._queue_depth.labels(base).set_function(waiting)
         self._running.labels(base).set_function(running)
         self._registered.labels(base).set_function(registered)
         self._adapters.labels(base).set_function(resident)
+        self._reused_tokens.labels(base)
+        for state, count in pages.items():
+            self._pages.labels(base, state).set_function(count)
         for kind, count in memory.items():
             self._bytes.labels(base, kind).set_function(count)
         for result in ("loaded", "refused"):
@@ -130,6 +140,9 @@ class Metrics:
 
     def first_token(self, base: str, seconds: float) -> None:
         self._first_token.labels(base).observe(seconds)
+
+    def reused(self, base: str, tokens: int) -> None:
+        self._reused_tokens.labels(base).inc(tokens)
 
     def next_token(self, base: str, seconds: float) -> None:
         self._inter_token.labels(base).observe(seconds)

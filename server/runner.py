@@ -10,9 +10,10 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from molex.kv_cache import PAGE_TOKENS
+from molex.kv_cache import PAGE_TOKENS, KVCache
 from molex.model import MolexModel
 from molex.passes import RunOutput, RunStats
+from molex.prefix import page_keys
 from molex.row import Row
 from molex.sampling import SampledToken, new_generator, sample
 from server.detokenizer import TextStream
@@ -34,9 +35,12 @@ class StepOutput:
 class ModelRunner:
     """Owns the model of one base and its key-value cache. Used by the worker thread alone."""
 
-    def __init__(self, model: MolexModel, tokenization: Tokenization, *, cache_tokens: int) -> None:
+    def __init__(
+        self, model: MolexModel, tokenization: Tokenization, *, cache_tokens: int, reuse_prefixes: bool
+    ) -> None:
         self._model = model
         self._tokenization = tokenization
+        self._reuses = reuse_prefixes
         self._cache = model.new_cache(cache_tokens // PAGE_TOKENS) if model.spec.generates else None
 
     @property
@@ -47,6 +51,11 @@ class ModelRunner:
     @property
     def num_free_pages(self) -> int:
         return 0 if self._cache is None else self._cache.num_free
+
+    @property
+    def num_kept_pages(self) -> int:
+        """Those among the free pages whose keys and values may be of use once more."""
+        return 0 if self._cache is None else self._cache.num_unused
 
     @property
     def cache_bytes(self) -> int:
@@ -121,12 +130,28 @@ class ModelRunner:
         if sequence.sampling is None:
             return
         assert self._cache is not None
-        num_tokens = len(sequence.token_ids) + sequence.sampling.max_tokens
-        sequence.slot = self._cache.allocate(num_tokens, sequence.adapter.num_streams)
+        self._take_pages(sequence, self._cache, sequence.sampling.max_tokens)
         sequence.generator = new_generator(sequence.sampling.seed)
         sequence.text_stream = TextStream(
             self._tokenization.decode, sequence.token_ids, sequence.sampling.stop
         )
+
+    def _take_pages(self, sequence: Sequence, cache: KVCache, max_tokens: int) -> None:
+        prompt = sequence.token_ids
+        # The last token has to run: what follows it is asked for.
+        keys = self._keys(sequence, prompt[:-1])
+        slot = cache.allocate(len(prompt) + max_tokens, sequence.adapter.num_streams, keys)
+        sequence.slot, sequence.route = slot, slot.route
+        sequence.start = sequence.num_reused = slot.num_reused
+
+    def _keys(self, sequence: Sequence, tokens: Seq[int]) -> list[bytes]:
+        return page_keys(sequence.adapter, sequence.token_ids, tokens) if self._reuses else []
+
+    def _keep_pages(self, sequence: Sequence, tokens: Seq[int]) -> None:
+        """Offer the pages of some first tokens of a sequence to those to come."""
+        assert self._cache is not None
+        assert sequence.slot is not None
+        self._cache.keep(sequence.slot, self._keys(sequence, tokens), sequence.route or ())
 
     def _advance(self, sequence: Sequence, output: Tensor) -> Update:
         """Take a sequence one step on. A fault in its own numbers ends it and leaves the others alone."""
@@ -162,6 +187,8 @@ class ModelRunner:
         assert stream is not None
         assert sequence.generator is not None
         sampled = sample(logits, params, sequence.generator)
+        if not sequence.output_ids:
+            self._keep_pages(sequence, sequence.token_ids)
         sequence.output_ids.append(sampled.token_id)
         token = self._token_text(sampled, stream.length)
         ends = sampled.token_id in self._tokenization.stop_ids and not params.ignore_eos
@@ -170,6 +197,9 @@ class ModelRunner:
         if not (ends or full or stream.stopped):
             return Update(sequence, text, token)
         text += stream.end()
+        if sequence.adapter.molex is None:
+            # The prompt of the next turn of a conversation; routed, it would hold a vote of its own.
+            self._keep_pages(sequence, [*sequence.token_ids, *sequence.output_ids[:-1]])
         self.release(sequence)
         return Update(sequence, text, token, "stop" if ends or stream.stopped else "length")
 

@@ -91,6 +91,8 @@ class Sequence:
     slot: Slot | None = None
     start: int = 0
     """How many of its tokens are in the cache."""
+    num_reused: int = 0
+    """How many of them were there before it began."""
     paused: Pass | None = None
     """Its first forward pass, where that runs in parts and has not ended."""
     route: Route | None = None
@@ -105,7 +107,7 @@ class Sequence:
     @property
     def new_token_ids(self) -> list[int]:
         """The tokens that are not in the cache yet."""
-        return self.output_ids[-1:] if self.output_ids else self.token_ids
+        return self.output_ids[-1:] if self.output_ids else self.token_ids[self.start :]
 
     @property
     def num_new_tokens(self) -> int:

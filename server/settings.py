@@ -50,6 +50,10 @@ class Settings(BaseSettings):
         description="Tokens whose keys and values are kept, per base; MoLEx keeps a token twice, "
         "with top-2 three times.",
     )
+    prefix_reuse: Literal["on", "off"] = Field(
+        "on",
+        description="Whether the keys and values of equal beginnings of prompts are used again.",
+    )
     max_queue: int = Field(
         1024, ge=1, le=1_048_576, description="Waiting sequences per base; beyond it callers get 429."
     )

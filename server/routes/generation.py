@@ -174,6 +174,7 @@ class Generation:
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(s.num_reused for s in self.sequences)},
         }
 
 

@@ -8,6 +8,7 @@ import torch
 from molex import BARE, MolexModel, Row
 from molex.errors import InputError
 from molex.kv_cache import pages_for
+from molex.prefix import page_keys
 from molex.reference import Reference
 from tests.tiny import DECODERS, molex_config, random_adapter, random_ids, tiny_base
 
@@ -56,6 +57,30 @@ def test_decoding_equals_the_full_forward(base):
             expected, route = reference(texts[i][: done[i]], generating[i], voters=prompts[i])
             assert [c.layers for c in route] == [c.layers for c in output.routes[i]]
             torch.testing.assert_close(output.logits[i], expected[-1], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [33, 37, 48])
+def test_a_prompt_after_kept_pages_equals_the_full_forward(base, length):
+    model = MolexModel.from_pretrained(base)
+    *generating, _ = adapters(model)
+    cache = model.new_cache(40)
+    prompt = random_ids(length, seed=5)
+    for adapter in generating:
+        slot = cache.allocate(60, adapter.num_streams)
+        first = model.run([Row(prompt, adapter, slot=slot)], cache)
+        cache.keep(slot, page_keys(adapter, prompt, prompt), first.routes[0])
+        cache.free(slot)
+    rows = []
+    for adapter in generating:
+        slot = cache.allocate(60, adapter.num_streams, page_keys(adapter, prompt, prompt[:-1]))
+        assert slot.num_reused == 32
+        rows.append(Row(prompt[32:], adapter, slot=slot, start=32, route=slot.route))
+    output = model.run(rows, cache)
+    for adapter, logits, route in zip(generating, output.logits, output.routes, strict=True):
+        whole = model.run([Row(prompt, adapter)])
+        assert route == whole.routes[0]
+        torch.testing.assert_close(logits, whole.logits[0], atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @torch.no_grad()

@@ -64,10 +64,77 @@ def test_no_page_is_in_two_slots_and_all_come_back(actions):
     assert cache.num_free == PAGES
 
 
+ROUTE = ("a route",)
+
+
+@given(
+    st.lists(
+        st.one_of(st.tuples(st.integers(1, 5), st.text("ab", max_size=5), st.booleans()), st.integers(0, 9)),
+        max_size=60,
+    )
+)
+def test_kept_pages_are_shared_by_key_given_away_last_and_never_lost(actions):
+    """A triple asks for pages under a chain of keys and may keep them, a number gives a slot back."""
+    cache, slots, page_of = new_cache(), [], {}
+    for action in actions:
+        if isinstance(action, int):
+            if action < len(slots):
+                cache.free(slots.pop(action))
+            continue
+        count, letters, keeps = action
+        keys = [letters[: n + 1].encode() for n in range(min(count, len(letters)))]
+        try:
+            slot = cache.allocate(count * PAGE_TOKENS, 1, keys)
+        except CacheFullError:
+            continue
+        slots.append(slot)
+        pages = slot.pages[0].tolist()
+        reused = slot.num_reused // PAGE_TOKENS
+        assert pages[:reused] == [page_of[key] for key in keys[:reused]]
+        assert slot.route == (ROUTE if reused else None)
+        # Its other pages are nobody else's.
+        others = {page for other in slots[:-1] for page in other.pages[0].tolist()}
+        assert not others & set(pages[reused:])
+        if keeps:
+            cache.keep(slot, keys, ROUTE)
+            page_of |= {key: page for key, page, own in zip(keys, pages, slot.keys, strict=False) if own}
+        taken = {page for other in slots for page in other.pages[0].tolist()}
+        assert cache.num_free == PAGES - len(taken)
+    for slot in slots:
+        cache.free(slot)
+    assert cache.num_free == PAGES
+    everything = cache.allocate(PAGES * PAGE_TOKENS)
+    assert sorted(everything.pages[0].tolist()) == list(range(PAGES))
+    assert cache.num_unused == 0
+
+
+def test_kept_pages_stay_until_others_run_out_the_latest_used_longest():
+    cache, keys = new_cache(), {name: [f"{name}{n}".encode() for n in range(2)] for name in "abc"}
+    for name in "abca":
+        slot = cache.allocate(32, 2, keys[name])
+        cache.keep(slot, keys[name], ROUTE)
+        cache.free(slot)
+    assert (cache.num_free, cache.num_unused) == (PAGES, 12)
+    cache.free(cache.allocate(3 * PAGE_TOKENS))  # The end of b and then its beginning go.
+    assert cache.num_unused == 8
+    assert [cache.allocate(32, 2, keys[name]).num_reused for name in "bac"] == [0, 32, 32]
+
+
+def test_a_page_beside_a_kept_one_of_the_same_key_is_given_back():
+    cache, keys = new_cache(), [b"a", b"b"]
+    first, second = cache.allocate(40), cache.allocate(40)
+    cache.keep(first, keys, ROUTE)
+    cache.keep(second, keys, ROUTE)
+    cache.free(second)
+    assert (cache.num_free, cache.num_unused) == (PAGES - 3, 0)
+    cache.free(first)
+    assert (cache.num_free, cache.num_unused) == (PAGES, 2)
+
+
 def test_what_does_not_fit_and_what_was_given_back_are_named():
     cache = new_cache()
     slot = cache.allocate(10 * PAGE_TOKENS)
-    with pytest.raises(CacheFullError, match="33 tokens need 3 pages; 2 are free"):
+    with pytest.raises(CacheFullError, match="33 tokens need 3 more pages; 2 are free"):
         cache.allocate(33)
     cache.free(slot)
     with pytest.raises(MolexError, match="not allocated"):

@@ -13,6 +13,7 @@ import pytest
 from molex import write_adapter
 from tests.tiny import random_adapter
 
+PAGE_STATES = ("used", "kept", "free")
 LONG = {"max_tokens": 60, "ignore_eos": True, "temperature": 0}
 
 
@@ -252,6 +253,66 @@ def test_generations_whose_tokens_do_not_fit_together_take_turns(settings, start
     assert "need 8 pages of the key-value cache; it has 6" in refused.json()["error"]["message"]
     bare = live.complete(**body | {"model": "dec", "max_tokens": 60})
     assert bare.status_code == 200
+
+
+def words(*numbers: int) -> str:
+    return " ".join(f"w{n}" for n in numbers)
+
+
+def reused(answer) -> int:
+    return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+@pytest.mark.parametrize(("model", "again", "longer"), [("writer", 32, 0), ("poet", 32, 32), ("dec", 32, 32)])
+def test_equal_beginnings_are_run_once_where_that_is_exact(settings, start, model, again, longer):
+    live = start(settings)
+    plain = start(settings.model_copy(update={"prefix_reuse": "off"}))
+    prompts = [words(*range(40)), words(*range(40)), words(*range(40), 7, 8), words(9, *range(1, 40))]
+    found = []
+    for prompt in prompts:
+        body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 9, "return_routes": True}
+        answer, expected = (server.complete(**body).json() for server in (live, plain))
+        assert answer["choices"] == expected["choices"]
+        assert reused(expected) == 0
+        found.append(reused(answer))
+    assert found == [0, again, longer, 0]
+    assert live.metrics()['molex_reused_tokens_total{base="dec"}'] == sum(found)
+    assert plain.metrics()['molex_reused_tokens_total{base="dec"}'] == 0
+
+
+def test_the_next_turn_of_a_conversation_finds_the_last_one(settings, start):
+    live = start(settings)
+    prompt = [1, *range(5, 25)]
+    body = {"model": "poet", "temperature": 0, "max_tokens": 20, "ignore_eos": True, "logprobs": 0}
+    first = live.complete(prompt=prompt, **body).json()
+    said = [int(token.strip()[1:]) + 4 for token in first["choices"][0]["logprobs"]["tokens"]]
+    second = live.complete(prompt=[*prompt, *said, 30, 31], **body).json()
+    # 21 + 20 tokens, of which the last was never run.
+    assert reused(second) == 32
+
+
+def test_answers_stay_right_while_kept_pages_are_given_away(settings, start, threads):
+    live = start(settings.model_copy(update={"max_cache_tokens": 256}))
+    plain = start(settings.model_copy(update={"prefix_reuse": "off"}))
+    chance = random.Random(0)
+    bodies = []
+    for _ in range(40):
+        first = chance.choice([0, 40])
+        beginning = range(first, first + chance.choice([17, 33]))
+        end = [chance.randint(0, 90) for _ in range(chance.randint(0, 4))]
+        model = chance.choice(["writer", "poet", "dec"])
+        bodies.append({"model": model, "prompt": words(*beginning, *end), "temperature": 0, "max_tokens": 6})
+    answers, expected = (
+        [answer.json() for answer in threads.map(lambda body, s=server: s.complete(**body), bodies)]
+        for server in (live, plain)
+    )
+    assert [answer["choices"] for answer in answers] == [answer["choices"] for answer in expected]
+    assert sum(map(reused, answers)) > 0
+    values = live.metrics()
+    pages = {state: values[f'molex_kv_cache_pages{{base="dec",state="{state}"}}'] for state in PAGE_STATES}
+    assert sum(pages.values()) == 256 / 16
+    assert pages["used"] == 0
+    assert pages["kept"] > 0
 
 
 def test_a_prompt_longer_than_the_token_budget_runs(live):

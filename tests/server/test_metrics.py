@@ -119,6 +119,7 @@ def test_names_are_those_that_dashboards_use(live):
     names = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE molex")}
     assert names == {
         "molex_requests_total",
+        "molex_reused_tokens_total",
         "molex_request_seconds",
         "molex_time_to_first_token_seconds",
         "molex_inter_token_seconds",
@@ -132,6 +133,7 @@ def test_names_are_those_that_dashboards_use(live):
         "molex_adapter_evictions_total",
         "molex_registered_adapters",
         "molex_resident_adapters",
+        "molex_kv_cache_pages",
         "molex_memory_bytes",
         "molex_peak_resident_memory_bytes",
         "molex_route_total",

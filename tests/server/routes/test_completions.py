@@ -7,6 +7,12 @@ import pytest
 
 GREEDY = {"temperature": 0, "max_tokens": 12}
 PROMPT = "w1 w2 w3"
+USAGE = {
+    "prompt_tokens": 4,
+    "completion_tokens": 12,
+    "total_tokens": 16,
+    "prompt_tokens_details": {"cached_tokens": 0},
+}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +124,7 @@ def test_the_answer_names_the_digest_and_the_usage(live):
     response = live.complete(model="writer", prompt=PROMPT, return_routes=True, **GREEDY)
     answer = response.json()
     assert answer["object"] == "text_completion"
-    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 12, "total_tokens": 16}
+    assert answer["usage"] == USAGE
     assert answer["adapter_digest"] == response.headers["x-adapter-digest"]
     assert len(answer["choices"][0]["routes"]) == 3
     bare = live.complete(model="dec", prompt=PROMPT, **GREEDY)
@@ -130,7 +136,7 @@ def test_a_stream_reports_usage_on_demand(live):
     options = {"stream": True, "stream_options": {"include_usage": True}}
     chunks = events(live.complete(model="writer", prompt=PROMPT, **options, **GREEDY))
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"] == {"prompt_tokens": 4, "completion_tokens": 12, "total_tokens": 16}
+    assert chunks[-1]["usage"] == USAGE
     assert {chunk["usage"] for chunk in map(_hashable, chunks[:-1])} == {None}
     assert len({chunk["id"] for chunk in chunks}) == 1
     assert all(chunk["adapter_digest"].startswith("sha256:") for chunk in chunks)
