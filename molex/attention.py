@@ -88,7 +88,9 @@ def packed_attention(
             assert kv is not None, "earlier tokens are in a cache"
             kept = kv.read(number, int(group.keys.max())).to(queries.dtype)
             keys, values = kept.split(num_kv_heads, dim=1)
-        mask = _mask(group, packed.causal, window, heads.device)
+        if (number, window) not in packed.masks:
+            packed.masks[number, window] = _mask(group, packed.causal, window, heads.device)
+        mask = packed.masks[number, window]
         causal = packed.causal and mask is None and group.queries > 1
         attended = _attend(queries, keys, values, mask, causal, scaling)
         outputs.append(attended.transpose(1, 2).flatten(0, 1).to(heads.dtype))

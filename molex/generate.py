@@ -16,7 +16,7 @@ from molex.kv_cache import KVCache, Slot, pages_for
 from molex.model import MolexModel
 from molex.routing import Route
 from molex.row import Row
-from molex.sampling import SamplingParams, new_generator, sample
+from molex.sampling import SamplingParams, logit_rows, new_generator
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0)
 
@@ -111,9 +111,10 @@ def _step(
 ) -> None:
     """Append one token to every running continuation."""
     output = model.run([stream.row(adapter) for stream in running], cache)
-    for stream, route, logits in zip(running, output.routes, output.logits, strict=True):
+    rows = logit_rows(output.logits)
+    for stream, route, row in zip(running, output.routes, rows, strict=True):
         stream.route = route
-        stream.generated.append(sample(logits, params, stream.random).token_id)
+        stream.generated.append(row.sample(params, stream.random).token_id)
 
 
 def _ended(stream: _Stream, stops: Collection[int], params: SamplingParams, longest: int) -> bool:

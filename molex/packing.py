@@ -89,6 +89,8 @@ class Packed:
         self.num_tokens = int(self.lengths.sum())
         self.causal = causal
         self.device = device
+        self.masks: dict[tuple[int, int | None], Tensor | None] = {}
+        """What attention has made of a group, by its number and a window: the same at all depths."""
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -231,19 +231,31 @@ class Router:
                 choice = _sole_choice(chosen[0]) if len(chosen) == 1 else Choice(tuple(chosen), tuple(share))
                 self._choices[request].append(choice)
             visits.append(_visits(electorate.requests, layers))
-        if following := np.flatnonzero(mixing & self._is_pinned).tolist():
-            choices = [self._pinned_choice(i, depth) for i in following]
-            visits += [_visits(np.array([i]), [c.layers]) for i, c in zip(following, choices, strict=True)]
-            earned = [weight for choice in choices for weight in choice.weights]
-            shares.append(torch.tensor(earned, dtype=torch.float64, device=hidden.device))
+        if depth in self._followed:
+            followed, earned = self._followed[depth]
+            visits.append(followed)
+            shares.append(earned)
         return self._plan(depth, np.concatenate(visits, axis=1), torch.cat(shares))
 
-    def _pinned_choice(self, request: int, depth: int) -> Choice:
-        route = self.pinned[request]
-        molex = self.adapters[int(self.packed.members[request])].molex
-        assert route is not None
-        assert molex is not None
-        return route[molex.mixed_depths.index(depth)]
+    @cached_property
+    def _followed(self) -> dict[int, tuple[Indices, Tensor]]:
+        """The visits [3, v] at each depth of the requests whose route is pinned, and their shares [v]."""
+        visits: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        shares: dict[int, list[float]] = defaultdict(list)
+        for request, route in enumerate(self.pinned):
+            molex = self.adapters[self.packed.members[request]].molex
+            if route is None or molex is None:
+                continue
+            for depth, choice in zip(molex.mixed_depths, route, strict=True):
+                visits[depth] += [(request, layer, n) for n, layer in enumerate(choice.layers, 1)]
+                shares[depth] += choice.weights
+        return {
+            depth: (
+                np.array(found).T,
+                torch.tensor(shares[depth], dtype=torch.float64, device=self.packed.device),
+            )
+            for depth, found in visits.items()
+        }
 
     def _electorates_of(self, voting: Indices) -> list[_Electorate]:
         """The voting requests by voting rule; the same at every depth where the same requests vote."""

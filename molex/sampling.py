@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,22 +65,62 @@ def new_generator(seed: int | None) -> torch.Generator:
     return generator
 
 
-def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> SampledToken:
-    """Choose one token from logits [vocab].
+class _Logits:
+    """The logits [n, vocab] of several requests, and what is computed for all of them at once."""
 
-    Log-probabilities are those of the model, before temperature, top-k and top-p.
-    """
-    logits = logits.float()
-    if params.temperature < GREEDY_BELOW:
-        token_id = int(logits.argmax())
-    else:
-        token_id = _draw(logits / params.temperature, params, generator)
-    if params.logprobs is None:
-        return SampledToken(token_id)
-    logprobs = logits.log_softmax(-1)
-    best = logprobs.topk(min(params.logprobs, len(logprobs)))
-    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return SampledToken(token_id, float(logprobs[token_id]), top)
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @cached_property
+    def finite(self) -> list[bool]:
+        """Whether all logits of each request are finite. Their sum is then, and takes a single pass."""
+        precision = torch.promote_types(self.values.dtype, torch.float32)
+        return self.values.sum(-1, dtype=precision).isfinite().tolist()
+
+    @cached_property
+    def best(self) -> list[int]:
+        return self.values.max(-1).indices.tolist()
+
+    @cached_property
+    def logprobs(self) -> Tensor:
+        return self.values.float().log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class LogitRow:
+    """The logits of one request among those of several."""
+
+    logits: _Logits
+    row: int
+
+    @property
+    def finite(self) -> bool:
+        return self.logits.finite[self.row]
+
+    def sample(self, params: SamplingParams, generator: torch.Generator) -> SampledToken:
+        """Choose one token.
+
+        Log-probabilities are those of the model, before temperature, top-k and top-p.
+        """
+        if params.temperature < GREEDY_BELOW:
+            token_id = self.logits.best[self.row]
+        else:
+            scaled = self.logits.values[self.row].float() / params.temperature
+            token_id = _draw(scaled, params, generator)
+        if params.logprobs is None:
+            return SampledToken(token_id)
+        logprobs = self.logits.logprobs[self.row]
+        best = logprobs.topk(min(params.logprobs, len(logprobs)))
+        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return SampledToken(token_id, float(logprobs[token_id]), top)
+
+
+def logit_rows(logits: Sequence[Tensor]) -> list[LogitRow]:
+    """Logits [vocab] of several requests, side by side."""
+    if not logits:
+        return []
+    together = _Logits(torch.stack(list(logits)))
+    return [LogitRow(together, row) for row in range(len(logits))]
 
 
 def _draw(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:

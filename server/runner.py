@@ -15,7 +15,7 @@ from molex.model import MolexModel
 from molex.passes import RunOutput, RunStats
 from molex.prefix import page_keys
 from molex.row import Row
-from molex.sampling import SampledToken, new_generator, sample
+from molex.sampling import LogitRow, SampledToken, logit_rows, new_generator
 from server.detokenizer import TextStream
 from server.errors import internal_error
 from server.sequence import Sequence, Status, TokenText, Update
@@ -79,7 +79,8 @@ class ModelRunner:
         self, step: StepOutput, sequences: Seq[Sequence], output: RunOutput, seconds: float
     ) -> None:
         step.stats.append(output.stats)
-        for sequence, logits, route in zip(sequences, output.logits, output.routes, strict=True):
+        outputs = _side_by_side(sequences, output.logits)
+        for sequence, logits, route in zip(sequences, outputs, output.routes, strict=True):
             sequence.timings.forward += seconds
             sequence.start += len(sequence.new_token_ids)
             sequence.route = route
@@ -153,12 +154,12 @@ class ModelRunner:
         assert sequence.slot is not None
         self._cache.keep(sequence.slot, self._keys(sequence, tokens), sequence.route or ())
 
-    def _advance(self, sequence: Sequence, output: Tensor) -> Update:
+    def _advance(self, sequence: Sequence, output: Tensor | LogitRow) -> Update:
         """Take a sequence one step on. A fault in its own numbers ends it and leaves the others alone."""
         try:
-            if not bool(output.isfinite().all()):
+            if not (output.finite if isinstance(output, LogitRow) else bool(output.isfinite().all())):
                 raise FloatingPointError(f"output of {sequence.adapter.digest or 'the base'} not finite")
-            if sequence.sampling is not None:
+            if isinstance(output, LogitRow):
                 return self._generate(sequence, output)
             if sequence.adapter.head is not None:
                 return self._classify(sequence, output)
@@ -181,12 +182,12 @@ class ModelRunner:
         self.release(sequence)
         return Update(sequence, finish_reason="stop")
 
-    def _generate(self, sequence: Sequence, logits: Tensor) -> Update:
+    def _generate(self, sequence: Sequence, logits: LogitRow) -> Update:
         params, stream = sequence.sampling, sequence.text_stream
         assert params is not None
         assert stream is not None
         assert sequence.generator is not None
-        sampled = sample(logits, params, sequence.generator)
+        sampled = logits.sample(params, sequence.generator)
         if not sequence.output_ids:
             self._keep_pages(sequence, sequence.token_ids)
         sequence.output_ids.append(sampled.token_id)
@@ -214,3 +215,10 @@ class ModelRunner:
     def _failure(self, sequence: Sequence) -> Update:
         self.release(sequence)
         return Update(sequence, error=internal_error())
+
+
+def _side_by_side(sequences: Seq[Sequence], outputs: Seq[Tensor]) -> list[Tensor | LogitRow]:
+    """The outputs of a pass, those that a token is chosen from together."""
+    generates = [sequence.sampling is not None for sequence in sequences]
+    rows = iter(logit_rows([output for output, mine in zip(outputs, generates, strict=True) if mine]))
+    return [next(rows) if mine else output for output, mine in zip(outputs, generates, strict=True)]

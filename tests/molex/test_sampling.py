@@ -8,13 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molex.errors import InputError
-from molex.sampling import FIRST_CANDIDATES, SamplingParams, new_generator, sample
+from molex.sampling import FIRST_CANDIDATES, SampledToken, SamplingParams, logit_rows, new_generator
 
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0])
 
 
 def params(**changes) -> SamplingParams:
     return SamplingParams(max_tokens=1, **changes)
+
+
+def sample(logits, params, generator) -> SampledToken:
+    return logit_rows([logits])[0].sample(params, generator)
 
 
 def draws(count: int, logits=LOGITS, *, seed=0, **changes) -> list[int]:
@@ -107,3 +111,32 @@ def test_every_draw_is_a_token(values, temperature, top_p, top_k):
 def test_values_out_of_range_are_refused_by_name(field, value):
     with pytest.raises(InputError, match=field):
         SamplingParams(**{"max_tokens": 1, field: value})
+
+
+def test_requests_side_by_side_are_sampled_as_alone():
+    logits = [torch.randn(50, generator=new_generator(n)) for n in range(4)]
+    choices = [params(temperature=0.0, logprobs=3), params(), params(top_k=3, logprobs=1), params(top_p=0.5)]
+    together = [
+        row.sample(how, new_generator(n))
+        for n, (row, how) in enumerate(zip(logit_rows(logits), choices, strict=True))
+    ]
+    alone = [
+        sample(own, how, new_generator(n)) for n, (own, how) in enumerate(zip(logits, choices, strict=True))
+    ]
+    assert together == alone
+    assert logit_rows([]) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_with_broken_numbers_is_known(bad, dtype):
+    good = torch.full((50_000,), 3e4, dtype=dtype)
+    broken = good.clone()
+    broken[7] = bad
+    assert [row.finite for row in logit_rows([good, broken, good])] == [True, False, True]
+
+
+def test_of_equal_logits_the_first_is_taken():
+    logits = torch.zeros(50_000, dtype=torch.bfloat16)
+    logits[[9, 30_000]] = 1
+    assert draws(1, logits, temperature=0.0) == [9]
