@@ -32,15 +32,17 @@ class KVPlan:
             positions, owners = positions[tokens], owners[tokens]
         page, token = np.divmod(positions, PAGE_TOKENS)
         self.places = torch.from_numpy(np.stack([pages[owners, page], token])).to(packed.device)
-        heads = np.arange(2 * num_heads)[:, None]
         self.heads = [
-            torch.from_numpy(
-                pages[group.requests, None, : pages_for(int(group.keys.max()))] * len(heads) + heads
-            ).to(packed.device)
+            _heads(pages[group.requests, : pages_for(int(group.keys.max()))], 2 * num_heads).to(packed.device)
             if group.has_past
             else None
             for group in packed.groups
         ]
+
+
+def _heads(pages: Indices, count: int) -> Tensor:
+    """Pages [b, n] → the heads [b, count, n] of theirs, counted over all pages."""
+    return torch.from_numpy(pages[:, None] * count + np.arange(count)[:, None])
 
 
 @dataclass(frozen=True)

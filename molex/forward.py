@@ -243,7 +243,7 @@ def _page_table(rows: Sequence[Row]) -> Indices:
     """The pages [r, streams, n] of each row's slot, as `KVPlan` wants those of a stream."""
     slots = [row.slot for row in rows]
     streams = max(row.adapter.num_streams for row in rows)
-    most = max(1, max(pages_for(row.start + len(row.token_ids)) for row in rows))
+    most = max(pages_for(row.start + len(row.token_ids)) for row in rows)
     table = np.full((len(rows), streams, most), -1)
     for kept, slot in zip(table, slots, strict=True):
         if slot is not None:

@@ -119,17 +119,14 @@ class KVCache:
         self._taken: set[Slot] = set()
         self._kept: dict[bytes, KeptPage] = {}
         self._unused: OrderedDict[bytes, KeptPage] = OrderedDict()
+        self.num_unused = 0
+        """Pages that are kept, and held by no slot."""
         self._num_touched = 0
 
     @property
     def nbytes(self) -> int:
         """Of the pages that were ever used: a page stays in memory once it is written."""
         return self._num_touched * sum(depth.pages[0].nbytes for depth in self.depths)
-
-    @property
-    def num_unused(self) -> int:
-        """Pages that are kept, and held by no slot."""
-        return sum(len(kept.pages) for kept in self._unused.values())
 
     @property
     def num_free(self) -> int:
@@ -151,7 +148,8 @@ class KVCache:
             raise CacheFullError(f"{num_tokens} tokens need {count} more pages; {free} are free")
         for key, page in zip(found, kept, strict=True):
             page.holders += 1
-            self._unused.pop(key, None)
+            if self._unused.pop(key, None):
+                self.num_unused -= num_streams
         shared = np.array([page.pages for page in kept], dtype=np.int64).reshape(-1, num_streams).T
         own = self._take(count).reshape(num_streams, -1)
         route = kept[0].route if kept else None
@@ -163,6 +161,7 @@ class KVCache:
         while count > len(self._free):
             key, kept = self._unused.popitem(last=False)
             del self._kept[key]
+            self.num_unused -= len(kept.pages)
             self._give(kept.pages)
         pages = np.array([heapq.heappop(self._free) for _ in range(count)], dtype=np.int64)
         self._wipe(pages[pages < self._num_touched])
@@ -208,3 +207,4 @@ class KVCache:
         kept.holders -= 1
         if not kept.holders:
             self._unused[key] = kept
+            self.num_unused += len(kept.pages)
