@@ -78,6 +78,8 @@ class Forward:
             causal=backbone.family.causal,
             device=backbone.device,
         )
+        # Looked up once: a set of layers finds its own by walking through the modules of a block.
+        self._dtypes = {layers: layers.dtype for layers in (backbone.own, backbone.routed)}
         self._rotary: tuple[Tensor, Tensor] | None = None
         self._everyone = np.arange(len(rows))
         needed = [self._needed_tokens(row, lm_logits) for row in self.rows]
@@ -127,7 +129,7 @@ class Forward:
         outputs = [
             output
             for layers, calls in self._calls(depth, plan)
-            for output in self._run(depth, layers, calls, hidden.to(layers.dtype), last=last)
+            for output in self._run(depth, layers, calls, hidden.to(self._dtypes[layers]), last=last)
         ]
         if plan.own is None:
             return outputs[0]
