@@ -26,7 +26,7 @@ def exported():
     """Labels of every exported series by its name, once each metric has a sample."""
     metrics = Metrics()
     functions = dict.fromkeys(("waiting", "running", "registered", "resident"), lambda: 1)
-    metrics.watch_base("b", **functions, memory={"weights": lambda: 1})
+    metrics.watch_base("b", **functions, pages={"free": lambda: 1}, memory={"weights": lambda: 1})
     for stage in ("queue", "tokenize", "forward"):
         metrics.stage("/v1/classify", stage, 0.1)
     metrics.request("/v1/classify", 200, 0.1)
