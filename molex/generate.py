@@ -16,7 +16,7 @@ from molex.kv_cache import KVCache
 from molex.model import MolexModel
 from molex.routing import Route
 from molex.row import Row
-from molex.sampling import SamplingParams, new_generator, sample
+from molex.sampling import LogitsProcessor, SamplingParams, new_generator, new_processor, sample
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0)
 
@@ -29,6 +29,7 @@ class _Stream:
     prompt: Sequence[int]
     slot: int
     random: torch.Generator
+    processor: LogitsProcessor | None = None
     route: Route | None = None
     generated: list[int] = field(default_factory=list)
 
@@ -80,7 +81,8 @@ def generate(
     while waiting or running:
         while waiting and cache.num_free:
             index, prompt = waiting.popleft()
-            running.append(_Stream(index, prompt, cache.allocate(), new_generator(params.seed)))
+            processor = new_processor(params, prompt, model.spec.vocab_size)
+            running.append(_Stream(index, prompt, cache.allocate(), new_generator(params.seed), processor))
         _step(model, adapter, cache, running, params)
         for stream in [stream for stream in running if _ended(stream, stops, params, longest)]:
             finished[stream.index] = [token for token in stream.generated if token not in stops]
@@ -111,7 +113,7 @@ def _step(
     output = model.run([stream.row(adapter) for stream in running], cache)
     for stream, route, logits in zip(running, output.routes, output.logits, strict=True):
         stream.route = route
-        stream.generated.append(sample(logits, params, stream.random).token_id)
+        stream.generated.append(sample(logits, params, stream.random, stream.processor).token_id)
 
 
 def _ended(stream: _Stream, stops: Collection[int], params: SamplingParams, longest: int) -> bool:

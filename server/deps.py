@@ -89,11 +89,11 @@ def generator(engine: Engine, model: str) -> Target:
     return target
 
 
-def check_count(engine: Engine, count: int, param: str) -> None:
-    """Raises ServiceError where a request has more inputs than allowed."""
+def check_count(engine: Engine, count: int, param: str, what: str = "entries") -> None:
+    """Raises ServiceError where a request has more inputs, or asks for more choices, than allowed."""
     limit = engine.settings.max_inputs
     if count > limit:
-        message = f"{param} has {count} entries; the limit is {limit}"
+        message = f"{param}: {count} {what}; the limit is {limit}"
         raise ServiceError(ErrorKind.INVALID_REQUEST, message, param=param)
 
 

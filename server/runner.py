@@ -12,7 +12,7 @@ from torch import Tensor
 
 from molex.model import MolexModel, RunStats
 from molex.row import Row
-from molex.sampling import SampledToken, new_generator, sample
+from molex.sampling import SampledToken, new_generator, new_processor, sample
 from server.detokenizer import TextStream
 from server.errors import internal_error
 from server.sequence import Sequence, Status, TokenText, Update
@@ -93,6 +93,8 @@ class ModelRunner:
         assert self._cache is not None
         sequence.slot = self._cache.allocate()
         sequence.generator = new_generator(sequence.sampling.seed)
+        vocab_size = self._model.spec.vocab_size
+        sequence.processor = new_processor(sequence.sampling, sequence.token_ids, vocab_size)
         sequence.text_stream = TextStream(
             self._tokenization.decode, sequence.token_ids, sequence.sampling.stop
         )
@@ -130,7 +132,7 @@ class ModelRunner:
         assert params is not None
         assert stream is not None
         assert sequence.generator is not None
-        sampled = sample(logits, params, sequence.generator)
+        sampled = sample(logits, params, sequence.generator, sequence.processor)
         sequence.output_ids.append(sampled.token_id)
         token = self._token_text(sampled, stream.length)
         ends = sampled.token_id in self._tokenization.stop_ids and not params.ignore_eos

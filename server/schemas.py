@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from server.settings import NAME_PATTERN
 
 MAX_SEED = 2**63 - 1
 MAX_TOKENS = 1_048_576
 MAX_LOGPROBS = 20
+MAX_CHOICES = 128
 
 
 def _unicode(text: str) -> str:
@@ -33,8 +42,11 @@ Source = Annotated[
     str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f]+$"), AfterValidator(_unicode)
 ]
 StopString = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_unicode)]
-One = Annotated[int, Field(ge=1, le=1)]
-Zero = Annotated[float, Field(ge=0, le=0)]
+Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+"""A token id as a key of a JSON object."""
+Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Pair = Annotated[list[Text], Field(min_length=2, max_length=2)]
 
@@ -119,8 +131,8 @@ class StreamOptions(Body):
 class GenerationRequest(Body):
     """What `/v1/completions` and `/v1/chat/completions` have in common.
 
-    `top_k`, `ignore_eos` (both as in vLLM) and `return_routes` are extensions of OpenAI's API. `user` is
-    for the caller's own records.
+    `top_k`, `min_p`, `repetition_penalty`, `ignore_eos` (all as in vLLM) and `return_routes` are extensions
+    of OpenAI's API. `user` is for the caller's own records.
     """
 
     model: ModelName
@@ -128,6 +140,12 @@ class GenerationRequest(Body):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     top_k: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
+    presence_penalty: Penalty | None = 0.0
+    frequency_penalty: Penalty | None = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1.0
+    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = None
+    n: Choices | None = 1
     seed: Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     ignore_eos: bool = False
@@ -136,10 +154,14 @@ class GenerationRequest(Body):
     return_routes: bool = False
     user: Text | None = None
 
-    n: One | None = 1
-    presence_penalty: Zero | None = 0.0
-    frequency_penalty: Zero | None = 0.0
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    @property
+    def num_choices(self) -> int:
+        """Of each prompt."""
+        return self.n or 1
+
+    @property
+    def token_bias(self) -> dict[int, float]:
+        return {int(token_id): bias for token_id, bias in (self.logit_bias or {}).items()}
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -169,9 +191,23 @@ class CompletionRequest(GenerationRequest):
     )
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
-    best_of: One | None = 1
-    echo: Literal[False] | None = False
+    echo: bool | None = False
+
+    best_of: Choices | None = None
     suffix: Literal[""] | None = None
+
+    @field_validator("best_of")
+    @classmethod
+    def _check_best_of(cls, best_of: int | None, info: ValidationInfo) -> int | None:
+        if best_of is not None and best_of != (info.data.get("n") or 1):
+            raise ValueError("only the value of n is supported")
+        return best_of
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> Self:
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo is not supported together with logprobs")
+        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:

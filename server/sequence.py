@@ -11,7 +11,7 @@ import torch
 
 from molex.adapter import Adapter
 from molex.routing import Route
-from molex.sampling import SamplingParams
+from molex.sampling import LogitsProcessor, SamplingParams
 from server.detokenizer import TextStream
 from server.errors import ServiceError
 
@@ -97,6 +97,7 @@ class Sequence:
     embedding: list[float] = field(default_factory=list)
     text_stream: TextStream | None = None
     generator: torch.Generator | None = None
+    processor: LogitsProcessor | None = None
 
     @property
     def new_token_ids(self) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -92,9 +92,7 @@ class Tokenization:
         """Raises ServiceError where tokens are none, out of range or too many."""
         if not token_ids:
             raise ServiceError(ErrorKind.INVALID_REQUEST, f"{param} has no tokens", param=param)
-        if not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
-            message = f"{param} has a token id outside 0…{self._vocab_size - 1}"
-            raise ServiceError(ErrorKind.INVALID_REQUEST, message, param=param)
+        self.check_vocabulary(token_ids, param)
         if len(token_ids) + reserve > self.max_length:
             wanted = f" and asks for {reserve} more" if reserve else ""
             raise ServiceError(
@@ -102,6 +100,12 @@ class Tokenization:
                 f"{param} has {len(token_ids)} tokens{wanted}; the limit is {self.max_length}",
                 param=param,
             )
+
+    def check_vocabulary(self, token_ids: Iterable[int], param: str) -> None:
+        """Raises ServiceError where a token id is out of range."""
+        if not all(0 <= token_id < self._vocab_size for token_id in token_ids):
+            message = f"{param} has a token id outside 0…{self._vocab_size - 1}"
+            raise ServiceError(ErrorKind.INVALID_REQUEST, message, param=param)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated tokens, special ones left out."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from fastapi import APIRouter, Request, Response
 
 from server.deps import EngineDep, check_count, generator
@@ -17,22 +19,30 @@ DEFAULT_MAX_TOKENS = 16
 router = APIRouter(tags=["generation"])
 
 
+@dataclass
 class CompletionShape:
-    """OpenAI's text completion."""
+    """OpenAI's text completion. `echoes` are the texts that choices begin with, if any: their prompts."""
+
+    echoes: list[str] = field(default_factory=list)
 
     id_prefix = "cmpl-"
     object = "text_completion"
     chunk_object = "text_completion"
 
     def choice(self, choice: Choice) -> Json:
-        return _choice(choice.index, choice.text, choice.tokens, choice.finish_reason)
+        text = self._echo(choice.index) + choice.text
+        return _choice(choice.index, text, choice.tokens, choice.finish_reason)
 
     def opening(self, index: int) -> Json | None:
-        """None: a text completion starts with its first text."""
+        """The prompt, where it is echoed: otherwise a text completion starts with its first text."""
+        return _choice(index, self._echo(index), [], None) if self.echoes else None
 
     def delta(self, update: Update) -> Json:
         tokens = [] if update.token is None else [update.token]
         return _choice(update.sequence.index, update.text, tokens, update.finish_reason)
+
+    def _echo(self, index: int) -> str:
+        return self.echoes[index] if self.echoes else ""
 
 
 @router.post("/v1/completions", response_class=Response)
@@ -41,10 +51,18 @@ async def create_completion(body: CompletionRequest, request: Request, engine: E
     watch = Stopwatch()
     check_count(engine, len(body.prompts), "prompt")
     target = generator(engine, body.model)
-    generation = Generation(body, target, CompletionShape(), watch, engine, request)
     limit = body.max_tokens or DEFAULT_MAX_TOKENS
-    prompts = await engine.in_pool(_encode, target.base.tokenization, body.prompts, limit)
+    tokenization = target.base.tokenization
+    prompts = await engine.in_pool(_encode, tokenization, body.prompts, limit)
+    echoes = await engine.in_pool(_echoes, tokenization, body) if body.echo else []
+    generation = Generation(body, target, CompletionShape(echoes), watch, engine, request)
     return await generation.respond(prompts, body.logprobs, limit)
+
+
+def _echoes(tokenization: Tokenization, body: CompletionRequest) -> list[str]:
+    """The prompt of each choice as text."""
+    texts = (prompt if isinstance(prompt, str) else tokenization.decode(prompt) for prompt in body.prompts)
+    return [text for text in texts for _ in range(body.num_choices)]
 
 
 def _encode(tokenization: Tokenization, prompts: list[str | list[int]], limit: int) -> list[Prompt]:
