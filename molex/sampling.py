@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -58,19 +59,40 @@ class SamplingParams:
         _require((self.logprobs or 0) >= 0, "logprobs", "at least 0", self.logprobs)
 
 
+class Constraint(Protocol):
+    """Decides which tokens a text may go on with."""
+
+    def allowed(self) -> Tensor:
+        """bool [vocab], true for at least one token."""
+
+    def accept(self, token_id: int) -> None:
+        """Take note of a generated token, which was allowed."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing can follow."""
+
+
 class LogitsProcessor:
     """Changes the logits of one request before a token is chosen, by what it has generated so far.
 
     z' = r(z) + logit_bias − frequency_penalty · c − presence_penalty · [c > 0], where c counts how often each
     token was generated. r divides positive logits of the tokens in prompt and output by repetition_penalty
-    and multiplies their negative ones by it.
+    and multiplies their negative ones by it. Tokens that the constraint does not allow get −∞.
     """
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        vocab_size: int,
+        constraint: Constraint | None = None,
+    ) -> None:
         biased = list(params.logit_bias)
         valid = all(0 <= token_id < vocab_size for token_id in biased)
         _require(valid, "logit_bias", f"of tokens 0 to {vocab_size - 1}", biased)
         self._params = params
+        self._constraint = constraint
         self._generated: set[int] = set()
         # All that is added to logits is one vector, which each token changes in one place.
         self._added = torch.zeros(vocab_size)
@@ -83,10 +105,20 @@ class LogitsProcessor:
         if (penalty := self._params.repetition_penalty) != 1:
             penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
             logits = torch.where(self._seen, penalised, logits)
-        return logits + self._added
+        logits = logits + self._added
+        if self._constraint is not None:
+            logits = logits.masked_fill(~self._constraint.allowed(), -math.inf)
+        return logits
+
+    @property
+    def finished(self) -> bool:
+        """Whether the constraint lets nothing follow."""
+        return self._constraint is not None and self._constraint.finished
 
     def accept(self, token_id: int) -> None:
         """Take note of a generated token."""
+        if self._constraint is not None:
+            self._constraint.accept(token_id)
         self._added[token_id] -= self._params.frequency_penalty
         if token_id not in self._generated:
             self._added[token_id] -= self._params.presence_penalty
@@ -95,16 +127,19 @@ class LogitsProcessor:
 
 
 def new_processor(
-    params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int
+    params: SamplingParams,
+    prompt_ids: Sequence[int],
+    vocab_size: int,
+    constraint: Constraint | None = None,
 ) -> LogitsProcessor | None:
-    """The processor of one request; None where its parameters change no logit.
+    """The processor of one request; None where nothing changes its logits.
 
     Raises InputError where `logit_bias` names a token outside the vocabulary.
     """
     penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
-    if not (penalised or params.logit_bias):
+    if not (penalised or params.logit_bias or constraint is not None):
         return None
-    return LogitsProcessor(params, prompt_ids, vocab_size)
+    return LogitsProcessor(params, prompt_ids, vocab_size, constraint)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from molex.model import MolexModel, RunStats
 from molex.row import Row
 from molex.sampling import SampledToken, new_generator, new_processor, sample
 from server.detokenizer import TextStream
-from server.errors import internal_error
+from server.errors import ServiceError, internal_error
 from server.sequence import Sequence, Status, TokenText, Update
 from server.tokenization import Tokenization
 
@@ -93,8 +93,9 @@ class ModelRunner:
         assert self._cache is not None
         sequence.slot = self._cache.allocate()
         sequence.generator = new_generator(sequence.sampling.seed)
-        vocab_size = self._model.spec.vocab_size
-        sequence.processor = new_processor(sequence.sampling, sequence.token_ids, vocab_size)
+        sequence.processor = new_processor(
+            sequence.sampling, sequence.token_ids, self._model.spec.vocab_size, sequence.constraint
+        )
         sequence.text_stream = TextStream(
             self._tokenization.decode, sequence.token_ids, sequence.sampling.stop
         )
@@ -109,6 +110,8 @@ class ModelRunner:
             if sequence.adapter.head is not None:
                 return self._classify(sequence, output)
             return self._embed(sequence, output)
+        except ServiceError as error:
+            return self._failure(sequence, error)
         except Exception:
             log.exception("a sequence failed after the forward pass")
             return self._failure(sequence)
@@ -128,21 +131,21 @@ class ModelRunner:
         return Update(sequence, finish_reason="stop")
 
     def _generate(self, sequence: Sequence, logits: Tensor) -> Update:
-        params, stream = sequence.sampling, sequence.text_stream
+        params, stream, processor = sequence.sampling, sequence.text_stream, sequence.processor
         assert params is not None
         assert stream is not None
         assert sequence.generator is not None
-        sampled = sample(logits, params, sequence.generator, sequence.processor)
+        sampled = sample(logits, params, sequence.generator, processor)
         sequence.output_ids.append(sampled.token_id)
         token = self._token_text(sampled, stream.length)
         ends = sampled.token_id in self._tokenization.stop_ids and not params.ignore_eos
         text = "" if ends else stream.push(sampled.token_id)
-        full = len(sequence.output_ids) >= params.max_tokens
-        if not (ends or full or stream.stopped):
+        complete = ends or stream.stopped or (processor is not None and processor.finished)
+        if not complete and len(sequence.output_ids) < params.max_tokens:
             return Update(sequence, text, token)
         text += stream.end()
         self.release(sequence)
-        return Update(sequence, text, token, "stop" if ends or stream.stopped else "length")
+        return Update(sequence, text, token, "stop" if complete else "length")
 
     def _token_text(self, sampled: SampledToken, offset: int) -> TokenText | None:
         """The token as text, where log-probabilities were asked for."""
@@ -152,6 +155,6 @@ class ModelRunner:
         top = tuple((decode(token_id), logprob) for token_id, logprob in sampled.top)
         return TokenText(decode(sampled.token_id), offset, sampled.logprob, top)
 
-    def _failure(self, sequence: Sequence) -> Update:
+    def _failure(self, sequence: Sequence, error: ServiceError | None = None) -> Update:
         self.release(sequence)
-        return Update(sequence, error=internal_error())
+        return Update(sequence, error=error or internal_error())

@@ -6,7 +6,7 @@ nothing, because clients send them unasked.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     AfterValidator,
@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from server.grammar import GrammarRequest
 from server.settings import NAME_PATTERN
 
 MAX_SEED = 2**63 - 1
@@ -128,11 +129,63 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
+class JsonSchema(Body):
+    """A schema in OpenAI's wrapping. `strict` changes nothing: text always follows the schema."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: Text | None = None
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema")
+        return self
+
+    @property
+    def grammar(self) -> GrammarRequest | None:
+        if self.type == "text":
+            return None
+        schema = {"type": "object"} if self.json_schema is None else self.json_schema.json_schema
+        return GrammarRequest("json_schema", schema, "response_format")
+
+
+class StructuredOutputs(Body):
+    """vLLM's field: one of a JSON schema, any JSON object, a regular expression, a list of texts."""
+
+    json_schema: Annotated[dict[str, Any] | None, Field(alias="json")] = None
+    json_object: Literal[True] | None = None
+    regex: Annotated[Text, Field(min_length=1)] | None = None
+    choice: Annotated[list[Text], Field(min_length=1, max_length=1024)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len([name for name in self.model_fields_set if getattr(self, name) is not None]) != 1:
+            raise ValueError("give one of json, json_object, regex and choice")
+        return self
+
+    @property
+    def grammar(self) -> GrammarRequest:
+        param = "structured_outputs"
+        if self.regex is not None:
+            return GrammarRequest("regex", self.regex, param)
+        if self.choice is not None:
+            return GrammarRequest("choice", self.choice, param)
+        schema = {"type": "object"} if self.json_schema is None else self.json_schema
+        return GrammarRequest("json_schema", schema, param)
+
+
 class GenerationRequest(Body):
     """What `/v1/completions` and `/v1/chat/completions` have in common.
 
-    `top_k`, `min_p`, `repetition_penalty`, `ignore_eos` (all as in vLLM) and `return_routes` are extensions
-    of OpenAI's API. `user` is for the caller's own records.
+    `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`, `structured_outputs` (all as in vLLM) and
+    `return_routes` are extensions of OpenAI's API. `user` is for the caller's own records.
     """
 
     model: ModelName
@@ -151,8 +204,17 @@ class GenerationRequest(Body):
     ignore_eos: bool = False
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     return_routes: bool = False
     user: Text | None = None
+
+    @property
+    def grammar(self) -> GrammarRequest | None:
+        """What the text has to follow, if anything."""
+        if self.structured_outputs is not None:
+            return self.structured_outputs.grammar
+        return None if self.response_format is None else self.response_format.grammar
 
     @property
     def num_choices(self) -> int:
@@ -174,9 +236,11 @@ class GenerationRequest(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> Self:
+    def _check_fields(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is allowed only with stream")
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise ValueError("response_format and structured_outputs say the same: give one")
         return self
 
 
@@ -234,10 +298,6 @@ class Message(Body):
         return "".join(part.text for part in self.content)
 
 
-class TextFormat(Body):
-    type: Literal["text"]
-
-
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`. `max_completion_tokens` is the newer name of `max_tokens`."""
 
@@ -245,8 +305,6 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-
-    response_format: TextFormat | None = None
 
     @property
     def limit(self) -> int | None:

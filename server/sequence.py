@@ -11,7 +11,7 @@ import torch
 
 from molex.adapter import Adapter
 from molex.routing import Route
-from molex.sampling import LogitsProcessor, SamplingParams
+from molex.sampling import Constraint, LogitsProcessor, SamplingParams
 from server.detokenizer import TextStream
 from server.errors import ServiceError
 
@@ -77,6 +77,7 @@ class Sequence:
     adapter: Adapter
     token_ids: list[int]
     sampling: SamplingParams | None = None
+    constraint: Constraint | None = None
     token_type_ids: list[int] | None = None
     index: int = 0
     """Its place among the inputs of its request."""

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from molex.backbone import BaseSpec
 from molex.tokenizer import load_tokenizer
 from server.errors import ErrorKind, ServiceError
+from server.grammar import GrammarCompiler
 
 TextOrPair = str | list[str]
 """One text, or two that the tokenizer joins by its own template."""
@@ -114,6 +115,10 @@ class Tokenization:
     def token_text(self, token_id: int) -> str:
         """Text of one token, special ones by their name."""
         return str(self._tokenizer.decode([token_id]))
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        return GrammarCompiler(self._tokenizer, vocab_size=self._vocab_size, stop_ids=self.stop_ids)
 
     @cached_property
     def _truncating(self) -> Any:

@@ -19,6 +19,7 @@ from molex.sampling import SamplingParams
 from server.deps import Target, check_count, unless_disconnected
 from server.engine import Engine, Submission
 from server.errors import ServiceError
+from server.grammar import GrammarConstraint
 from server.routes.timing import Stopwatch
 from server.schemas import GenerationRequest
 from server.sequence import Sequence, Timings, TokenText, Update
@@ -83,6 +84,7 @@ class Generation:
         Choices of one prompt differ in their random numbers alone; they are neighbours in the answer.
         """
         self._check(len(prompts))
+        constraint = await self._constraint()
         self.watch.tokenization_done()
         self.sequences = [
             Sequence(
@@ -90,6 +92,7 @@ class Generation:
                 adapter=self.target.adapter,
                 token_ids=prompt.token_ids,
                 sampling=sampling_params(self.body, limit, logprobs, choice),
+                constraint=constraint and constraint.copy(),
                 index=index * self.body.num_choices + choice,
                 timings=Timings(self.watch.created),
             )
@@ -103,6 +106,12 @@ class Generation:
         """Raises ServiceError for what depends on the server: its limits and the base's vocabulary."""
         check_count(self.engine, num_prompts * self.body.num_choices, "n", "choices")
         self.target.base.tokenization.check_vocabulary(self.body.token_bias, "logit_bias")
+
+    async def _constraint(self) -> GrammarConstraint | None:
+        """Raises ServiceError where the grammar is not supported."""
+        if (grammar := self.body.grammar) is None:
+            return None
+        return await self.engine.in_pool(self.target.base.tokenization.grammars.compile, grammar)
 
     async def _answer(self, submission: Submission) -> Response:
         try:
