@@ -89,6 +89,26 @@ def generator(engine: Engine, model: str) -> Target:
     return target
 
 
+def classifiers(engine: Engine) -> list[str]:
+    return [served.name for served in engine.adapters.all() if served.adapter.head is not None]
+
+
+def encoders(engine: Engine) -> list[str]:
+    return [name for name, base in engine.bases.items() if not base.model.spec.generates]
+
+
+def only(names: list[str]) -> str:
+    """The one name there is to choose, where a request has none. Raises ServiceError (404)."""
+    if len(names) == 1:
+        return names[0]
+    message = f"{len(names)} models fit: name one as model; TEI's clients add ?model=NAME or /tei/NAME"
+    raise ServiceError(ErrorKind.MODEL_NOT_FOUND, message, param="model")
+
+
+def only_classifier(engine: Engine) -> str:
+    return only(classifiers(engine))
+
+
 def check_count(engine: Engine, count: int, param: str, what: str = "entries") -> None:
     """Raises ServiceError where a request has more inputs, or asks for more choices, than allowed."""
     limit = engine.settings.max_inputs

@@ -80,6 +80,7 @@ class Engine:
         self._loop: asyncio.AbstractEventLoop | None = None
         for name in bases:
             self._watch(name)
+        metrics.watch_adapters(settings.max_adapters, self._adapters_in_use)
 
     @classmethod
     def load(cls, settings: Settings) -> Engine:
@@ -239,6 +240,17 @@ class Engine:
             self._stopping = True
             left = self._scheduler.drop_all()
         self._deliver(Update(sequence, error=error) for sequence in left)
+
+    def _adapters_in_use(self) -> tuple[list[str], list[str]]:
+        """Names of the adapters that running and that waiting sequences use."""
+        with self._wake:
+            running = {id(sequence.adapter) for sequence in self._scheduler.running()}
+            waiting = {id(sequence.adapter) for sequence in self._scheduler.waiting()}
+        served = self.adapters.all()
+        return (
+            [adapter.name for adapter in served if id(adapter.adapter) in running],
+            [adapter.name for adapter in served if id(adapter.adapter) in waiting],
+        )
 
     def _watch(self, base: str) -> None:
         self.metrics.watch_base(

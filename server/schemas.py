@@ -12,7 +12,9 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -69,6 +71,23 @@ class ClassifyRequest(Body):
     @property
     def inputs(self) -> list[str | list[str]]:
         return [self.input] if isinstance(self.input, str) else self.input
+
+
+class VllmClassifyRequest(Body):
+    """`POST /classify` of vLLM. `truncate_prompt_tokens` −1 cuts texts to the longest sequence."""
+
+    model: ModelName | None = None
+    input: Text | Annotated[list[Text], Field(min_length=1)]
+    use_activation: bool | None = None
+    truncate_prompt_tokens: Literal[-1] | None = None
+    user: Text | None = None
+
+    add_special_tokens: Literal[True] = True
+    priority: Literal[0] = 0
+
+    @property
+    def inputs(self) -> list[str | list[str]]:
+        return [self.input] if isinstance(self.input, str) else list(self.input)
 
 
 class TeiPredictRequest(Body):
@@ -298,10 +317,67 @@ class Message(Body):
         return "".join(part.text for part in self.content)
 
 
-class ChatRequest(GenerationRequest):
-    """`POST /v1/chat/completions`. `max_completion_tokens` is the newer name of `max_tokens`."""
+class Conversation(Body):
+    """Messages and how a chat template ends them: with the start of an answer, or open, as in vLLM."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        return [{"role": message.role, "content": message.text} for message in self.messages]
+
+    @property
+    def template_options(self) -> dict[str, bool]:
+        return {
+            "add_generation_prompt": self.add_generation_prompt and not self.continue_final_message,
+            "continue_final_message": self.continue_final_message,
+        }
+
+    @model_validator(mode="after")
+    def _check_ending(self) -> Self:
+        both = self.continue_final_message and self.add_generation_prompt
+        if both and "add_generation_prompt" in self.model_fields_set:
+            raise ValueError("add_generation_prompt and continue_final_message exclude each other")
+        return self
+
+
+class TokenizeTextRequest(Body):
+    """`POST /tokenize` of vLLM, for a text."""
+
+    model: ModelName | None = None
+    prompt: Text
+    add_special_tokens: bool = True
+    return_token_strs: bool | None = False
+
+
+class TokenizeChatRequest(Conversation):
+    """`POST /tokenize` of vLLM, for a conversation."""
+
+    model: ModelName | None = None
+    return_token_strs: bool | None = False
+
+    add_special_tokens: Literal[False] = False
+
+
+# Names that are no identifiers, so that errors leave them out.
+TokenizeRequest = Annotated[
+    Annotated[TokenizeTextRequest, Tag("a text")] | Annotated[TokenizeChatRequest, Tag("a conversation")],
+    Discriminator(lambda body: "a conversation" if "messages" in body else "a text"),
+]
+
+
+class DetokenizeRequest(Body):
+    """`POST /detokenize` of vLLM."""
+
+    model: ModelName | None = None
+    tokens: list[TokenId]
+
+
+class ChatRequest(GenerationRequest, Conversation):
+    """`POST /v1/chat/completions`. `max_completion_tokens` is the newer name of `max_tokens`."""
+
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -338,8 +414,12 @@ class LoadLoraRequest(Body):
     base_model_name: ModelName | None = None
     load_inplace: bool = False
 
+    is_3d_lora_weight: Literal[False] | None = None
+
 
 class UnloadLoraRequest(Body):
-    """`POST /v1/unload_lora_adapter`, as in vLLM."""
+    """`POST /v1/unload_lora_adapter`, as in vLLM. There are no numbers of adapters here."""
 
     lora_name: AdapterName
+
+    lora_int_id: None = None

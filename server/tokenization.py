@@ -67,11 +67,23 @@ class Tokenization:
             self.check(prompt.token_ids, name, reserve=reserve)
         return prompts
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, reserve: int) -> Prompt:
-        """Tokenize a conversation with the tokenizer's chat template.
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, reserve: int, **options: bool) -> Prompt:
+        """Tokenize a conversation with the tokenizer's chat template; `options` are those of `chat_ids`.
 
         Raises ServiceError where there is no template, or where it refuses the conversation.
         """
+        prompt = Prompt(self.chat_ids(messages, **options))
+        self.check(prompt.token_ids, "messages", reserve=reserve)
+        return prompt
+
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        """Tokens of a conversation, however many. Raises ServiceError as `encode_chat` does."""
         if not self._tokenizer.chat_template:
             raise ServiceError(
                 ErrorKind.INVALID_REQUEST,
@@ -80,14 +92,23 @@ class Tokenization:
             )
         try:
             encoding = self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, return_dict=True
+                list(messages),
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                return_dict=True,
             )
-        except TemplateError as error:
+        except (TemplateError, ValueError) as error:
             message = f"the chat template refuses these messages: {error}"
             raise ServiceError(ErrorKind.INVALID_REQUEST, message, param="messages") from error
-        prompt = Prompt(list(encoding["input_ids"]))
-        self.check(prompt.token_ids, "messages", reserve=reserve)
-        return prompt
+        return list(encoding["input_ids"])
+
+    def token_ids(self, text: str, *, special: bool) -> list[int]:
+        """Tokens of a text, however many, with or without what the tokenizer adds."""
+        return list(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def token_names(self, token_ids: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary spells them."""
+        return list(self._tokenizer.convert_ids_to_tokens(list(token_ids)))
 
     def check(self, token_ids: Sequence[int], param: str, *, reserve: int = 0) -> None:
         """Raises ServiceError where tokens are none, out of range or too many."""
@@ -108,9 +129,9 @@ class Tokenization:
             message = f"{param} has a token id outside 0…{self._vocab_size - 1}"
             raise ServiceError(ErrorKind.INVALID_REQUEST, message, param=param)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of generated tokens, special ones left out."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of tokens; special ones are left out unless asked for."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=not special))
 
     def token_text(self, token_id: int) -> str:
         """Text of one token, special ones by their name."""

@@ -47,8 +47,9 @@ async def create_chat_completion(body: ChatRequest, request: Request, engine: En
     target = generator(engine, body.model)
     generation = Generation(body, target, ChatShape(), watch, engine, request)
     tokenization = target.base.tokenization
-    messages = [{"role": message.role, "content": message.text} for message in body.messages]
-    prompt = await engine.in_pool(tokenization.encode_chat, messages, reserve=body.limit or 1)
+    prompt = await engine.in_pool(
+        tokenization.encode_chat, body.conversation, reserve=body.limit or 1, **body.template_options
+    )
     limit = body.limit or tokenization.max_length - len(prompt.token_ids)
     return await generation.respond([prompt], body.num_logprobs, limit)
 

@@ -16,8 +16,17 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from server.deps import EngineDep, Target, classifier, encoder, find_target
-from server.engine import Engine
+from server.deps import (
+    EngineDep,
+    Target,
+    classifier,
+    classifiers,
+    encoder,
+    encoders,
+    find_target,
+    only,
+    only_classifier,
+)
 from server.errors import ErrorKind, ServiceError
 from server.routes.embeddings import normalized
 from server.routes.errors import describe
@@ -79,15 +88,15 @@ class Info(BaseModel):
 
 # One declaration for both places of the name: in the path where the path has it, else in the query.
 def _classifier(engine: EngineDep, model: ModelName | None = None) -> Target:
-    return classifier(engine, model or _only(_classifiers(engine)))
+    return classifier(engine, model or only_classifier(engine))
 
 
 def _encoder(engine: EngineDep, model: ModelName | None = None) -> Target:
-    return encoder(engine, model or _only(_encoders(engine)))
+    return encoder(engine, model or only(encoders(engine)))
 
 
 def _either(engine: EngineDep, model: ModelName | None = None) -> Target:
-    target = find_target(engine, model or _only(_classifiers(engine) or _encoders(engine)))
+    target = find_target(engine, model or only(classifiers(engine) or encoders(engine)))
     return target if target.adapter.head is not None else encoder(engine, target.name)
 
 
@@ -153,22 +162,6 @@ async def health(engine: EngineDep) -> Response:
     if not engine.ready:
         raise ServiceError(ErrorKind.STOPPING, "not ready")
     return Response()
-
-
-def _classifiers(engine: Engine) -> list[str]:
-    return [served.name for served in engine.adapters.all() if served.adapter.head is not None]
-
-
-def _encoders(engine: Engine) -> list[str]:
-    return [name for name, base in engine.bases.items() if not base.model.spec.generates]
-
-
-def _only(names: list[str]) -> str:
-    """The one name there is to choose."""
-    if len(names) == 1:
-        return names[0]
-    message = f"{len(names)} models fit: add ?model=NAME, or give clients /tei/NAME as the address"
-    raise ServiceError(ErrorKind.MODEL_NOT_FOUND, message, param="model")
 
 
 def _predictions(sequence: Sequence, *, raw: bool) -> list[Prediction]:

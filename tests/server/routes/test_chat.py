@@ -108,7 +108,7 @@ def test_a_refusal_of_the_template_is_the_callers(live, monkeypatch):
         ({"tools": []}, "tools", "unsupported parameter"),
         ({"top_logprobs": 2}, None, "only with logprobs"),
         ({"max_tokens": 3, "max_completion_tokens": 3}, None, "give one"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "text"),
+        ({"response_format": {"type": "xml"}}, "response_format", "json_object"),
         ({"model": "mood"}, "model", "/v1/classify"),
     ],
 )
