@@ -137,7 +137,7 @@ class Metrics:
 
 
 class _LoraRequests(Collector):
-    """vLLM's gauge, by which load balancers choose a replica. One series: its labels say what is in use now."""
+    """vLLM's gauge, by which load balancers choose a replica: one series that says what is in use."""
 
     def __init__(self, limit: int, in_use: Callable[[], tuple[list[str], list[str]]]) -> None:
         self._limit = limit
