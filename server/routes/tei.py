@@ -6,14 +6,11 @@ parameter, which can be left out where only one adapter or base fits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
 from importlib.metadata import version
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from server.deps import (
@@ -29,7 +26,7 @@ from server.deps import (
 )
 from server.errors import ErrorKind, ServiceError
 from server.routes.embeddings import normalized
-from server.routes.errors import describe
+from server.routes.errors import error_route
 from server.routes.prompts import run_prompts
 from server.schemas import ModelName, TeiEmbedRequest, TeiPredictRequest
 from server.sequence import Sequence
@@ -40,24 +37,13 @@ STATUS = {ErrorKind.CONTEXT_LENGTH: 413, ErrorKind.INTERNAL: 424}
 ERROR_TYPES = {424: "Backend", 429: "Overloaded", 503: "Unhealthy"}
 
 
-class TeiRoute(APIRoute):
-    """Answers errors in TEI's shape."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_in_shape(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except ServiceError as error:
-                return _error(error)
-            except RequestValidationError as error:
-                return _error(describe(error))
-
-        return handle_in_shape
+def _error(error: ServiceError) -> JSONResponse:
+    status = STATUS.get(error.kind, 422 if error.kind.status == 400 else error.kind.status)
+    body = {"error": error.message, "error_type": ERROR_TYPES.get(status, "Validation")}
+    return JSONResponse(body, status, headers=error.headers)
 
 
-router = APIRouter(tags=["text-embeddings-inference"], route_class=TeiRoute)
+router = APIRouter(tags=["text-embeddings-inference"], route_class=error_route(_error))
 
 
 class Prediction(BaseModel):
@@ -191,9 +177,3 @@ def _compute_headers(
         "x-compute-characters": str(sum(map(len, texts))),
         "x-compute-tokens": str(sum(len(sequence.token_ids) for sequence in sequences)),
     }
-
-
-def _error(error: ServiceError) -> JSONResponse:
-    status = STATUS.get(error.kind, 422 if error.kind.status == 400 else error.kind.status)
-    body = {"error": error.message, "error_type": ERROR_TYPES.get(status, "Validation")}
-    return JSONResponse(body, status, headers=error.headers)
