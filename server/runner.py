@@ -118,8 +118,11 @@ class ModelRunner:
 
     def _classify(self, sequence: Sequence, logits: Tensor) -> Update:
         scores = logits.float()
-        # One label is a yes/no score of its own; several are exclusive.
-        probs = scores.sigmoid() if len(scores) == 1 else scores.softmax(-1)
+        if sequence.adapter.regression:
+            probs = scores
+        else:
+            # One label is a yes/no score of its own; several are exclusive.
+            probs = scores.sigmoid() if len(scores) == 1 else scores.softmax(-1)
         sequence.scores, sequence.probs = scores.tolist(), probs.tolist()
         self.release(sequence)
         return Update(sequence, finish_reason="stop")

@@ -93,7 +93,7 @@ class Sequence:
     route: Route | None = None
     output_ids: list[int] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
-    """Logits of a classification; `probs` are made from them."""
+    """Logits of a classification; `probs` are made from them, or of a regression are the same."""
     probs: list[float] = field(default_factory=list)
     embedding: list[float] = field(default_factory=list)
     text_stream: TextStream | None = None

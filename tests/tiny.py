@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from molex.adapter import Adapter, assemble, new_adapter
 from molex.backbone import BaseSpec
-from molex.config import AdapterConfig, GateConfig, MolexConfig, VoteConfig
+from molex.config import AdapterConfig, GateConfig, MolexConfig, ProblemType, VoteConfig
 from molex.family import FAMILIES
 
 ENCODERS = ("bert", "roberta")
@@ -98,7 +98,12 @@ def molex_config(depths: Sequence[int] = range(LAYERS), **changes: Any) -> Molex
 
 
 def adapter_config(
-    spec: BaseSpec, *, task: str = "SEQ_CLS", r: int = 4, molex: MolexConfig | None = None
+    spec: BaseSpec,
+    *,
+    task: str = "SEQ_CLS",
+    r: int = 4,
+    molex: MolexConfig | None = None,
+    problem_type: ProblemType = "single_label_classification",
 ) -> AdapterConfig:
     targets = TARGETS.get(spec.model_type, ("q_proj", "v_proj", "down_proj"))
     return AdapterConfig(
@@ -107,6 +112,7 @@ def adapter_config(
         lora_alpha=2.0 * r,
         target_modules=targets,
         fan_in_fan_out=spec.model_type == "gpt2",
+        problem_type=problem_type,
         molex=molex,
     )
 

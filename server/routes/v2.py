@@ -249,6 +249,8 @@ def _outputs(target: Target, sequences: list[Sequence]) -> list[OutputTensor]:
         vectors = [number for sequence in sequences for number in normalized(sequence.embedding)]
         return [OutputTensor("embedding", "FP32", (count, target.base.model.spec.hidden_size), vectors)]
     shape = (count, target.adapter.num_labels)
+    if target.adapter.regression:
+        return [OutputTensor("score", "FP32", (count, 1), [s.scores[0] for s in sequences])]
     labels = [target.adapter.id2label[_best(sequence)] for sequence in sequences]
     return [
         OutputTensor("probabilities", "FP32", shape, [p for s in sequences for p in s.probs]),
