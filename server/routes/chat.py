@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from server.deps import EngineDep, generator
 from server.detokenizer import REPLACEMENT
+from server.routes.answers import ChatCompletion
 from server.routes.generation import Choice, Generation, Json
 from server.routes.timing import Stopwatch
 from server.schemas import ChatRequest
@@ -40,7 +41,7 @@ class ChatShape:
         return _delta(update.sequence.index, content, tokens, update.finish_reason)
 
 
-@router.post("/v1/chat/completions", response_class=Response)
+@router.post("/v1/chat/completions", response_class=Response, responses={200: {"model": ChatCompletion}})
 async def create_chat_completion(body: ChatRequest, request: Request, engine: EngineDep) -> Response:
     """Answer a conversation. With `stream` the answer is a stream of server-sent events."""
     watch = Stopwatch()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, Request, Response
 
 from server.deps import EngineDep, check_count, generator
+from server.routes.answers import Completion
 from server.routes.generation import Choice, Generation, Json
 from server.routes.timing import Stopwatch
 from server.schemas import CompletionRequest
@@ -45,7 +46,7 @@ class CompletionShape:
         return self.echoes[index] if self.echoes else ""
 
 
-@router.post("/v1/completions", response_class=Response)
+@router.post("/v1/completions", response_class=Response, responses={200: {"model": Completion}})
 async def create_completion(body: CompletionRequest, request: Request, engine: EngineDep) -> Response:
     """Continue one or more prompts. With `stream` the answer is a stream of server-sent events."""
     watch = Stopwatch()

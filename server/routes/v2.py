@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from server.deps import EngineDep, Target, encoder, find_target
 from server.errors import ErrorKind, ServiceError
+from server.routes.answers import InferResponse
 from server.routes.embeddings import normalized
 from server.routes.errors import error_route
 from server.routes.prompts import run_prompts
@@ -96,6 +97,25 @@ class UnloadRequest(Body):
     parameters: UnloadParameters = UnloadParameters()
 
 
+def _documented(body: type[Body], answer: type[BaseModel] | None = None) -> Json:
+    """Shows in the OpenAPI document a body that the handler reads itself, and an answer that it writes."""
+    schema = body.model_json_schema()
+    content = {"application/json": {"schema": _inlined(schema, schema.pop("$defs", {}))}}
+    shown: Json = {"openapi_extra": {"requestBody": {"content": content}}}
+    return shown if answer is None else shown | {"responses": {200: {"model": answer}}}
+
+
+def _inlined(schema: Any, definitions: Json) -> Any:
+    """A schema with what it refers to in its place."""
+    if isinstance(schema, list):
+        return [_inlined(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].rsplit("/", 1)[1]], definitions)
+    return {key: _inlined(value, definitions) for key, value in schema.items()}
+
+
 def _target(engine: EngineDep, model: str, version: str | None = None) -> Target:
     """What can be inferred with. Raises ServiceError, 404 for a version that is not there (any more)."""
     target = find_target(engine, model)
@@ -151,8 +171,8 @@ async def model_ready(_: TargetDep, engine: EngineDep) -> Response:
     return await ready(engine)
 
 
-@router.post("/v2/models/{model}/infer")
-@router.post("/v2/models/{model}/versions/{version}/infer")
+@router.post("/v2/models/{model}/infer", **_documented(InferRequest, InferResponse))
+@router.post("/v2/models/{model}/versions/{version}/infer", **_documented(InferRequest, InferResponse))
 async def infer(target: TargetDep, request: Request, engine: EngineDep) -> Response:
     """Classify or embed the BYTES tensor `text`; of pairs, `text_pair` has the second texts."""
     text, binary = _without_binary(await request.body(), request.headers.get(HEADER_LENGTH))
@@ -174,7 +194,7 @@ async def infer(target: TargetDep, request: Request, engine: EngineDep) -> Respo
     )
 
 
-@router.post("/v2/repository/index")
+@router.post("/v2/repository/index", **_documented(IndexRequest))
 async def repository_index(request: Request, engine: EngineDep) -> list[ModelIndex]:
     """The bases and adapters that are loaded, those for generation too."""
     _parse(IndexRequest, await request.body())
@@ -183,7 +203,7 @@ async def repository_index(request: Request, engine: EngineDep) -> list[ModelInd
     return [ModelIndex(name=name, version=_hex(digest)) for name, digest in versions.items()]
 
 
-@router.post("/v2/repository/models/{model}/load", response_class=Response)
+@router.post("/v2/repository/models/{model}/load", response_class=Response, **_documented(LoadRequest))
 async def load_model(model: str, request: Request, engine: EngineDep) -> Response:
     """Load an adapter, or replace the one of this name."""
     parameters = _parse(LoadRequest, await request.body()).parameters
@@ -192,7 +212,7 @@ async def load_model(model: str, request: Request, engine: EngineDep) -> Respons
     return Response()
 
 
-@router.post("/v2/repository/models/{model}/unload", response_class=Response)
+@router.post("/v2/repository/models/{model}/unload", response_class=Response, **_documented(UnloadRequest))
 async def unload_model(model: str, request: Request, engine: EngineDep) -> Response:
     """Stop serving an adapter; requests in flight finish."""
     _parse(UnloadRequest, await request.body())
