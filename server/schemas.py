@@ -361,10 +361,14 @@ class TokenizeChatRequest(Conversation):
     add_special_tokens: Literal[False] = False
 
 
-# Names that are no identifiers, so that errors leave them out.
+def _tokenized(body: object) -> str:
+    """What a body wants tokenized. The names are no identifiers, so that errors leave them out."""
+    return "a conversation" if isinstance(body, dict) and "messages" in body else "a text"
+
+
 TokenizeRequest = Annotated[
     Annotated[TokenizeTextRequest, Tag("a text")] | Annotated[TokenizeChatRequest, Tag("a conversation")],
-    Discriminator(lambda body: "a conversation" if "messages" in body else "a text"),
+    Discriminator(_tokenized),
 ]
 
 
