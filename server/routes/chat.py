@@ -8,10 +8,10 @@ from fastapi import APIRouter, Request, Response
 
 from server.deps import EngineDep, generator
 from server.detokenizer import REPLACEMENT
+from server.generation_schemas import ChatRequest
 from server.routes.answers import ChatCompletion
 from server.routes.generation import Choice, Generation, Json
 from server.routes.timing import Stopwatch
-from server.schemas import ChatRequest
 from server.sequence import TokenText, Update
 
 router = APIRouter(tags=["generation"])

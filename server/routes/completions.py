@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, Request, Response
 
 from server.deps import EngineDep, check_count, generator
+from server.generation_schemas import CompletionRequest
 from server.routes.answers import Completion
 from server.routes.generation import Choice, Generation, Json
 from server.routes.timing import Stopwatch
-from server.schemas import CompletionRequest
 from server.sequence import TokenText, Update
 from server.tokenization import Prompt, Tokenization
 

@@ -19,9 +19,9 @@ from molex.sampling import SamplingParams
 from server.deps import Target, check_count, unless_disconnected
 from server.engine import Engine, Submission
 from server.errors import ServiceError
+from server.generation_schemas import GenerationRequest
 from server.grammar import GrammarConstraint
 from server.routes.timing import Stopwatch
-from server.schemas import GenerationRequest
 from server.sequence import Sequence, Timings, TokenText, Update
 from server.tokenization import Prompt
 

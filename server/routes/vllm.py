@@ -11,14 +11,14 @@ from pydantic import BaseModel
 
 from server.deps import EngineDep, Target, classifier, find_target, only, only_classifier
 from server.engine import Engine
-from server.routes.prompts import run_prompts
-from server.schemas import (
+from server.generation_schemas import (
     DetokenizeRequest,
     TokenizeChatRequest,
     TokenizeRequest,
     TokenizeTextRequest,
-    VllmClassifyRequest,
 )
+from server.routes.prompts import run_prompts
+from server.schemas import VllmClassifyRequest
 from server.sequence import Sequence
 from server.tokenization import Tokenization
 
