@@ -56,6 +56,11 @@ class Adapter:
         return 0 if self.head is None else self.head.num_labels
 
     @property
+    def regression(self) -> bool:
+        """Whether its one logit is the answer itself."""
+        return self.config.regression
+
+    @property
     def id2label(self) -> dict[int, str]:
         """The name of each label: the adapter's own, or LABEL_0, LABEL_1, … as transformers calls them."""
         if self.config.id2label is not None:

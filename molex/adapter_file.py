@@ -131,6 +131,8 @@ def _expected_shapes(
     num_labels = tensors[output].shape[0] if tensors[output].ndim else 0
     if not num_labels:
         raise AdapterError(output, "has no labels")
+    if config.regression and num_labels != 1:
+        raise AdapterError("problem_type", f"regression has one output, but the head has {num_labels}")
     if config.id2label is not None and len(config.id2label) != num_labels:
         raise AdapterError("id2label", f"{len(config.id2label)} names for {num_labels} labels")
     return tensor_shapes(config, spec, num_labels, pooler=pooler)

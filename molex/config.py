@@ -19,6 +19,7 @@ VoteOver = Literal["sequence", "prompt"]
 GateGradient = Literal["none", "straight_through"]
 MixKind = Literal["fixed", "learned"]
 TaskType = Literal["SEQ_CLS", "CAUSAL_LM"]
+ProblemType = Literal["single_label_classification", "regression"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class AdapterConfig:
     fan_in_fan_out: bool = False
     """PEFT's note that the base keeps its weights as [in, out], as GPT-2 does. The factors are the same."""
     layers_to_transform: tuple[int, ...] | None = None
+    problem_type: ProblemType = "single_label_classification"
+    """What the logits of a head are: scores of labels, or one number that is the answer itself."""
     molex: MolexConfig | None = None
     base_model_name_or_path: str = ""
     id2label: Mapping[int, str] | None = None
@@ -80,6 +83,10 @@ class AdapterConfig:
     @property
     def kind(self) -> Literal["lora", "molex"]:
         return "lora" if self.molex is None else "molex"
+
+    @property
+    def regression(self) -> bool:
+        return self.problem_type == "regression"
 
     @property
     def scaling(self) -> float:

@@ -14,6 +14,7 @@ from molex.config import (
     GateKind,
     MixKind,
     MolexConfig,
+    ProblemType,
     Scope,
     TaskType,
     VoteConfig,
@@ -64,12 +65,16 @@ def parse_config(text: str | bytes, num_layers: int) -> AdapterConfig:
         use_rslora=_take(fields, "use_rslora", _boolean, False),
         fan_in_fan_out=_take(fields, "fan_in_fan_out", _boolean, False),
         layers_to_transform=_take(fields, "layers_to_transform", _optional(_depths(num_layers)), None),
+        problem_type=_take(fields, "problem_type", _optional(_one_of(get_args(ProblemType))), None)
+        or "single_label_classification",
         molex=_parse_molex(fields, num_layers) if peft_type == "MOLEX" else None,
         base_model_name_or_path=_take(fields, "base_model_name_or_path", _optional(_string), None) or "",
         id2label=_take(fields, "id2label", _optional(_labels), None),
     )
     if not config.target_modules and (config.molex is not None or config.task_type != "SEQ_CLS"):
         raise AdapterError("target_modules", "names no module; only a classification head can stand alone")
+    if config.regression and config.task_type != "SEQ_CLS":
+        raise AdapterError("problem_type", "regression needs the task_type SEQ_CLS")
     _take(fields, "modules_to_save", _optional(_head_modules), None)
     _take(fields, "bias", _one_of(("none",)), "none")
     _take(fields, "init_lora_weights", _one_of(INITIALISATIONS), True)
@@ -267,6 +272,8 @@ def config_fields(config: AdapterConfig, head_modules: Iterable[str]) -> Mapping
         "modules_to_save": list(head_modules) or None,
         "bias": "none",
     }
+    if config.regression:
+        fields["problem_type"] = config.problem_type
     if config.id2label is not None:
         fields["id2label"] = {str(i): label for i, label in config.id2label.items()}
     return fields if config.molex is None else fields | _molex_fields(config.molex)

@@ -149,11 +149,14 @@ def _fill(model: PreTrainedModel, weights: Weights, prefix: str) -> PreTrainedMo
 
 
 def _roberta_lora(fields: Fields, spec: BaseSpec, weights: Weights) -> tuple[AdapterConfig, Weights]:
+    num_labels = len(weights.get("classifier.out_proj.bias", ()))
     config = AdapterConfig(
         task_type="SEQ_CLS",
         r=_number(fields, "lora_r"),
         lora_alpha=float(_number(fields, "lora_alpha")),
         target_modules=("query", "value"),
+        # The official code gives a model one output for regression, and for nothing else.
+        problem_type="regression" if num_labels == 1 else "single_label_classification",
     )
     tensors = {PEFT_PREFIX + name: t for name, t in weights.items() if name.startswith("classifier.")}
     for layer in range(spec.num_layers):

@@ -16,7 +16,7 @@ from molex.kv_cache import KVCache, Slot, pages_for
 from molex.model import MolexModel
 from molex.routing import Route
 from molex.row import Row
-from molex.sampling import SamplingParams, logit_rows, new_generator
+from molex.sampling import LogitsProcessor, SamplingParams, logit_rows, new_generator, new_processor
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0)
 
@@ -29,6 +29,7 @@ class _Stream:
     prompt: Sequence[int]
     slot: Slot
     random: torch.Generator
+    processor: LogitsProcessor | None = None
     route: Route | None = None
     generated: list[int] = field(default_factory=list)
 
@@ -82,7 +83,8 @@ def generate(
         while waiting and len(running) < num_slots:
             index, prompt = waiting.popleft()
             slot = cache.allocate(longest, streams)
-            running.append(_Stream(index, prompt, slot, new_generator(params.seed)))
+            processor = new_processor(params, prompt, model.spec.vocab_size)
+            running.append(_Stream(index, prompt, slot, new_generator(params.seed), processor))
         _step(model, adapter, cache, running, params)
         for stream in [stream for stream in running if _ended(stream, stops, params, longest)]:
             finished[stream.index] = [token for token in stream.generated if token not in stops]
@@ -114,7 +116,7 @@ def _step(
     rows = logit_rows(output.logits)
     for stream, route, row in zip(running, output.routes, rows, strict=True):
         stream.route = route
-        stream.generated.append(row.sample(params, stream.random).token_id)
+        stream.generated.append(row.sample(params, stream.random, stream.processor).token_id)
 
 
 def _ended(stream: _Stream, stops: Collection[int], params: SamplingParams, longest: int) -> bool:

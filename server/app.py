@@ -10,7 +10,19 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from server.engine import Engine
-from server.routes import adapters, chat, classify, completions, embeddings, errors, health, models, tei
+from server.routes import (
+    adapters,
+    chat,
+    classify,
+    completions,
+    embeddings,
+    errors,
+    health,
+    models,
+    tei,
+    v2,
+    vllm,
+)
 from server.routes.middleware import BodyLimit, Observer
 
 
@@ -32,7 +44,7 @@ def create_app(engine: Engine) -> FastAPI:
         redoc_url=None,
     )
     app.state.engine = engine
-    for module in (classify, embeddings, completions, chat, models, adapters, health, tei):
+    for module in (classify, embeddings, completions, chat, models, adapters, health, tei, v2, vllm):
         app.include_router(module.router)
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=engine.settings.max_body_bytes)

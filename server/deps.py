@@ -93,11 +93,31 @@ def generator(engine: Engine, model: str) -> Target:
     return target
 
 
-def check_count(engine: Engine, count: int, param: str) -> None:
-    """Raises ServiceError where a request has more inputs than allowed."""
+def classifiers(engine: Engine) -> list[str]:
+    return [served.name for served in engine.adapters.all() if served.classifies]
+
+
+def encoders(engine: Engine) -> list[str]:
+    return [name for name, base in engine.bases.items() if not base.model.spec.generates]
+
+
+def only(names: list[str]) -> str:
+    """The one name there is to choose, where a request has none. Raises ServiceError (404)."""
+    if len(names) == 1:
+        return names[0]
+    message = f"{len(names)} models fit: name one as model; TEI's clients add ?model=NAME or /tei/NAME"
+    raise ServiceError(ErrorKind.MODEL_NOT_FOUND, message, param="model")
+
+
+def only_classifier(engine: Engine) -> str:
+    return only(classifiers(engine))
+
+
+def check_count(engine: Engine, count: int, param: str, what: str = "entries") -> None:
+    """Raises ServiceError where a request has more inputs, or asks for more choices, than allowed."""
     limit = engine.settings.max_inputs
     if count > limit:
-        message = f"{param} has {count} entries; the limit is {limit}"
+        message = f"{param}: {count} {what}; the limit is {limit}"
         raise ServiceError(ErrorKind.INVALID_REQUEST, message, param=param)
 
 

@@ -84,6 +84,7 @@ class Engine:
         self._loop: asyncio.AbstractEventLoop | None = None
         for name in bases:
             self._watch(name)
+        metrics.watch_adapters(settings.max_adapters, self._names_in_use)
 
     @classmethod
     def load(cls, settings: Settings) -> Engine:
@@ -243,6 +244,17 @@ class Engine:
     def _leaving_bytes(self, base: str) -> int:
         """What was evicted, replaced or deleted and is still used by requests."""
         return sum(a.nbytes for a in self._adapters_in_use([base]) & self.adapters.leaving())
+
+    def _names_in_use(self) -> tuple[list[str], list[str]]:
+        """Names of the adapters that running and that waiting sequences use."""
+        with self._wake:
+            running = {sequence.adapter.digest for sequence in self._scheduler.running()}
+            waiting = {sequence.adapter.digest for sequence in self._scheduler.waiting()}
+        served = self.adapters.all()
+        return (
+            [adapter.name for adapter in served if adapter.digest in running],
+            [adapter.name for adapter in served if adapter.digest in waiting],
+        )
 
     def _watch(self, base: str) -> None:
         runner = self.bases[base].runner

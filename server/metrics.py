@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -15,6 +16,8 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -27,7 +30,8 @@ class Metrics:
     """The metrics of one server, in a registry of its own.
 
     Labels are bounded: a route is a path template (or `unmatched`), a base is a configured name,
-    depths and layers are those of the bases. Adapter names are tenants' and never a label.
+    depths and layers are those of the bases. Adapter names are tenants' and never a label, but in the one
+    series that is vLLM's.
     """
 
     def __init__(self) -> None:
@@ -131,6 +135,10 @@ class Metrics:
             self._cold_load_seconds.labels(base, result)
         self._evictions.labels(base)
 
+    def watch_adapters(self, limit: int, in_use: Callable[[], tuple[list[str], list[str]]]) -> None:
+        """Report vLLM's `vllm:lora_requests_info`, from the names of running and of waiting adapters."""
+        self._registry.register(_LoraRequests(limit, in_use))
+
     def request(self, route: str, status: int, seconds: float) -> None:
         self._requests.labels(route, str(status)).inc()
         self.stage(route, "total", seconds)
@@ -163,3 +171,21 @@ class Metrics:
 
     def routed(self, base: str, depth: int, layer: int) -> None:
         self._routes.labels(base, str(depth), str(layer)).inc()
+
+
+class _LoraRequests(Collector):
+    """vLLM's gauge, by which load balancers choose a replica: one series that says what is in use."""
+
+    def __init__(self, limit: int, in_use: Callable[[], tuple[list[str], list[str]]]) -> None:
+        self._limit = limit
+        self._in_use = in_use
+
+    def collect(self) -> Iterable[Metric]:
+        running, waiting = self._in_use()
+        family = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters in use, as vLLM reports them; the value is the time.",
+            labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+        )
+        family.add_metric((str(self._limit), ",".join(running), ",".join(waiting)), time.time())
+        return [family]

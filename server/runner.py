@@ -15,9 +15,9 @@ from molex.model import MolexModel
 from molex.passes import RunOutput, RunStats
 from molex.prefix import page_keys
 from molex.row import Row
-from molex.sampling import LogitRow, SampledToken, logit_rows, new_generator
+from molex.sampling import LogitRow, SampledToken, logit_rows, new_generator, new_processor
 from server.detokenizer import TextStream
-from server.errors import internal_error
+from server.errors import ServiceError, internal_error
 from server.sequence import Sequence, Status, TokenText, Update
 from server.tokenization import Tokenization
 
@@ -133,6 +133,9 @@ class ModelRunner:
         assert self._cache is not None
         self._take_pages(sequence, self._cache, sequence.sampling.max_tokens)
         sequence.generator = new_generator(sequence.sampling.seed)
+        sequence.processor = new_processor(
+            sequence.sampling, sequence.token_ids, self._model.spec.vocab_size, sequence.constraint
+        )
         sequence.text_stream = TextStream(
             self._tokenization.decode, sequence.token_ids, sequence.sampling.stop
         )
@@ -164,14 +167,19 @@ class ModelRunner:
             if sequence.adapter.head is not None:
                 return self._classify(sequence, output)
             return self._embed(sequence, output)
+        except ServiceError as error:
+            return self._failure(sequence, error)
         except Exception:
             log.exception("a sequence failed after the forward pass")
             return self._failure(sequence)
 
     def _classify(self, sequence: Sequence, logits: Tensor) -> Update:
         scores = logits.float()
-        # One label is a yes/no score of its own; several are exclusive.
-        probs = scores.sigmoid() if len(scores) == 1 else scores.softmax(-1)
+        if sequence.adapter.regression:
+            probs = scores
+        else:
+            # One label is a yes/no score of its own; several are exclusive.
+            probs = scores.sigmoid() if len(scores) == 1 else scores.softmax(-1)
         sequence.scores, sequence.probs = scores.tolist(), probs.tolist()
         self.release(sequence)
         return Update(sequence, finish_reason="stop")
@@ -183,26 +191,26 @@ class ModelRunner:
         return Update(sequence, finish_reason="stop")
 
     def _generate(self, sequence: Sequence, logits: LogitRow) -> Update:
-        params, stream = sequence.sampling, sequence.text_stream
+        params, stream, processor = sequence.sampling, sequence.text_stream, sequence.processor
         assert params is not None
         assert stream is not None
         assert sequence.generator is not None
-        sampled = logits.sample(params, sequence.generator)
+        sampled = logits.sample(params, sequence.generator, processor)
         if not sequence.output_ids:
             self._keep_pages(sequence, sequence.token_ids)
         sequence.output_ids.append(sampled.token_id)
         token = self._token_text(sampled, stream.length)
         ends = sampled.token_id in self._tokenization.stop_ids and not params.ignore_eos
         text = "" if ends else stream.push(sampled.token_id)
-        full = len(sequence.output_ids) >= params.max_tokens
-        if not (ends or full or stream.stopped):
+        complete = ends or stream.stopped or (processor is not None and processor.finished)
+        if not complete and len(sequence.output_ids) < params.max_tokens:
             return Update(sequence, text, token)
         text += stream.end()
         if sequence.adapter.molex is None:
             # The prompt of the next turn of a conversation; routed, it would hold a vote of its own.
             self._keep_pages(sequence, [*sequence.token_ids, *sequence.output_ids[:-1]])
         self.release(sequence)
-        return Update(sequence, text, token, "stop" if ends or stream.stopped else "length")
+        return Update(sequence, text, token, "stop" if complete else "length")
 
     def _token_text(self, sampled: SampledToken, offset: int) -> TokenText | None:
         """The token as text, where log-probabilities were asked for."""
@@ -212,9 +220,9 @@ class ModelRunner:
         top = tuple((decode(token_id), logprob) for token_id, logprob in sampled.top)
         return TokenText(decode(sampled.token_id), offset, sampled.logprob, top)
 
-    def _failure(self, sequence: Sequence) -> Update:
+    def _failure(self, sequence: Sequence, error: ServiceError | None = None) -> Update:
         self.release(sequence)
-        return Update(sequence, error=internal_error())
+        return Update(sequence, error=error or internal_error())
 
 
 def _side_by_side(sequences: Seq[Sequence], outputs: Seq[Tensor]) -> list[Tensor | LogitRow]:

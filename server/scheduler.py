@@ -153,6 +153,12 @@ class Scheduler(Generic[S]):
         queue = self._queues[base]
         return [*queue.waiting, *queue.running]
 
+    def waiting(self) -> list[S]:
+        return [sequence for queue in self._queues.values() for sequence in queue.waiting]
+
+    def running(self) -> list[S]:
+        return [sequence for queue in self._queues.values() for sequence in queue.running]
+
     def add(self, sequences: Sequence[S]) -> None:
         """Queue the sequences of one request, all of them or, where the queue is full, none.
 

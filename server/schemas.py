@@ -6,15 +6,11 @@ nothing, because clients send them unasked.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, cast
+from typing import Annotated, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from server.settings import NAME_PATTERN
-
-MAX_SEED = 2**63 - 1
-MAX_TOKENS = 1_048_576
-MAX_LOGPROBS = 20
 
 
 def _unicode(text: str) -> str:
@@ -32,10 +28,6 @@ AdapterName = Annotated[str, Field(pattern=NAME_PATTERN)]
 Source = Annotated[
     str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f]+$"), AfterValidator(_unicode)
 ]
-StopString = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_unicode)]
-One = Annotated[int, Field(ge=1, le=1)]
-Zero = Annotated[float, Field(ge=0, le=0)]
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Pair = Annotated[list[Text], Field(min_length=2, max_length=2)]
 
 
@@ -56,6 +48,23 @@ class ClassifyRequest(Body):
     @property
     def inputs(self) -> list[str | list[str]]:
         return [self.input] if isinstance(self.input, str) else self.input
+
+
+class VllmClassifyRequest(Body):
+    """`POST /classify` of vLLM. `truncate_prompt_tokens` −1 cuts texts to the longest sequence."""
+
+    model: ModelName | None = None
+    input: Text | Annotated[list[Text], Field(min_length=1)]
+    use_activation: bool | None = None
+    truncate_prompt_tokens: Literal[-1] | None = None
+    user: Text | None = None
+
+    add_special_tokens: Literal[True] = True
+    priority: Literal[0] = 0
+
+    @property
+    def inputs(self) -> list[str | list[str]]:
+        return [self.input] if isinstance(self.input, str) else list(self.input)
 
 
 class TeiPredictRequest(Body):
@@ -112,123 +121,6 @@ class EmbeddingsRequest(Body):
         return [self.input] if isinstance(self.input, str) else self.input
 
 
-class StreamOptions(Body):
-    include_usage: bool = False
-
-
-class GenerationRequest(Body):
-    """What `/v1/completions` and `/v1/chat/completions` have in common.
-
-    `top_k`, `ignore_eos` (both as in vLLM) and `return_routes` are extensions of OpenAI's API. `user` is
-    for the caller's own records.
-    """
-
-    model: ModelName
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = 0
-    seed: Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
-    ignore_eos: bool = False
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    return_routes: bool = False
-    user: Text | None = None
-
-    n: One | None = 1
-    presence_penalty: Zero | None = 0.0
-    frequency_penalty: Zero | None = 0.0
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
-    @model_validator(mode="after")
-    def _check_stream_options(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is allowed only with stream")
-        return self
-
-
-class CompletionRequest(GenerationRequest):
-    """`POST /v1/completions`. A prompt is a text or a list of token ids; several make several choices."""
-
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
-    )
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-
-    best_of: One | None = 1
-    echo: Literal[False] | None = False
-    suffix: Literal[""] | None = None
-
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        tokens = [entry for entry in self.prompt if isinstance(entry, int)]
-        prompts = [entry for entry in self.prompt if isinstance(entry, str | list)]
-        return [tokens] if tokens else [*prompts]
-
-
-class TextPart(Body):
-    type: Literal["text"]
-    text: Text
-
-
-class Message(Body):
-    role: Literal["system", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
-
-    @property
-    def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
-
-
-class TextFormat(Body):
-    type: Literal["text"]
-
-
-class ChatRequest(GenerationRequest):
-    """`POST /v1/chat/completions`. `max_completion_tokens` is the newer name of `max_tokens`."""
-
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-
-    response_format: TextFormat | None = None
-
-    @property
-    def limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def num_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs is allowed only with logprobs")
-        if self.max_completion_tokens is not None and self.max_tokens is not None:
-            raise ValueError("max_completion_tokens and max_tokens are the same: give one")
-        return self
-
-
 class PutAdapterRequest(Body):
     """`PUT /v1/adapters/{name}`. `source` is a folder under the adapter root; `base` is found if left out.
 
@@ -248,8 +140,12 @@ class LoadLoraRequest(Body):
     base_model_name: ModelName | None = None
     load_inplace: bool = False
 
+    is_3d_lora_weight: Literal[False] | None = None
+
 
 class UnloadLoraRequest(Body):
-    """`POST /v1/unload_lora_adapter`, as in vLLM."""
+    """`POST /v1/unload_lora_adapter`, as in vLLM. There are no numbers of adapters here."""
 
     lora_name: AdapterName
+
+    lora_int_id: None = None

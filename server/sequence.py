@@ -13,7 +13,7 @@ from molex.adapter import Adapter
 from molex.kv_cache import Slot, pages_for
 from molex.passes import Pass
 from molex.routing import Route
-from molex.sampling import SamplingParams
+from molex.sampling import Constraint, LogitsProcessor, SamplingParams
 from server.detokenizer import TextStream
 from server.errors import ServiceError
 
@@ -79,6 +79,7 @@ class Sequence:
     adapter: Adapter
     token_ids: list[int]
     sampling: SamplingParams | None = None
+    constraint: Constraint | None = None
     token_type_ids: list[int] | None = None
     index: int = 0
     """Its place among the inputs of its request."""
@@ -98,11 +99,12 @@ class Sequence:
     route: Route | None = None
     output_ids: list[int] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
-    """Logits of a classification; `probs` are made from them."""
+    """Logits of a classification; `probs` are made from them, or of a regression are the same."""
     probs: list[float] = field(default_factory=list)
     embedding: list[float] = field(default_factory=list)
     text_stream: TextStream | None = None
     generator: torch.Generator | None = None
+    processor: LogitsProcessor | None = None
 
     @property
     def new_token_ids(self) -> list[int]:

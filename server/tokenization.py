@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from molex.backbone import BaseSpec
 from molex.tokenizer import load_tokenizer
 from server.errors import ErrorKind, ServiceError
+from server.grammar import GrammarCompiler
 
 TextOrPair = str | list[str]
 """One text, or two that the tokenizer joins by its own template."""
@@ -66,11 +67,23 @@ class Tokenization:
             self.check(prompt.token_ids, name, reserve=reserve)
         return prompts
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, reserve: int) -> Prompt:
-        """Tokenize a conversation with the tokenizer's chat template.
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, reserve: int, **options: bool) -> Prompt:
+        """Tokenize a conversation with the tokenizer's chat template; `options` are those of `chat_ids`.
 
         Raises ServiceError where there is no template, or where it refuses the conversation.
         """
+        prompt = Prompt(self.chat_ids(messages, **options))
+        self.check(prompt.token_ids, "messages", reserve=reserve)
+        return prompt
+
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        """Tokens of a conversation, however many. Raises ServiceError as `encode_chat` does."""
         if not self._tokenizer.chat_template:
             raise ServiceError(
                 ErrorKind.INVALID_REQUEST,
@@ -79,22 +92,29 @@ class Tokenization:
             )
         try:
             encoding = self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, return_dict=True
+                list(messages),
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                return_dict=True,
             )
-        except TemplateError as error:
+        except (TemplateError, ValueError) as error:
             message = f"the chat template refuses these messages: {error}"
             raise ServiceError(ErrorKind.INVALID_REQUEST, message, param="messages") from error
-        prompt = Prompt(list(encoding["input_ids"]))
-        self.check(prompt.token_ids, "messages", reserve=reserve)
-        return prompt
+        return list(encoding["input_ids"])
+
+    def token_ids(self, text: str, *, special: bool) -> list[int]:
+        """Tokens of a text, however many, with or without what the tokenizer adds."""
+        return list(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def token_names(self, token_ids: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary spells them."""
+        return list(self._tokenizer.convert_ids_to_tokens(list(token_ids)))
 
     def check(self, token_ids: Sequence[int], param: str, *, reserve: int = 0) -> None:
         """Raises ServiceError where tokens are none, out of range or too many."""
         if not token_ids:
             raise ServiceError(ErrorKind.INVALID_REQUEST, f"{param} has no tokens", param=param)
-        if not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
-            message = f"{param} has a token id outside 0…{self._vocab_size - 1}"
-            raise ServiceError(ErrorKind.INVALID_REQUEST, message, param=param)
+        self.check_vocabulary(token_ids, param)
         if len(token_ids) + reserve > self.max_length:
             wanted = f" and asks for {reserve} more" if reserve else ""
             raise ServiceError(
@@ -103,13 +123,23 @@ class Tokenization:
                 param=param,
             )
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of generated tokens, special ones left out."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    def check_vocabulary(self, token_ids: Iterable[int], param: str) -> None:
+        """Raises ServiceError where a token id is out of range."""
+        if not all(0 <= token_id < self._vocab_size for token_id in token_ids):
+            message = f"{param} has a token id outside 0…{self._vocab_size - 1}"
+            raise ServiceError(ErrorKind.INVALID_REQUEST, message, param=param)
+
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of tokens; special ones are left out unless asked for."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=not special))
 
     def token_text(self, token_id: int) -> str:
         """Text of one token, special ones by their name."""
         return str(self._tokenizer.decode([token_id]))
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        return GrammarCompiler(self._tokenizer, vocab_size=self._vocab_size, stop_ids=self.stop_ids)
 
     @cached_property
     def _truncating(self) -> Any:

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, pre_tokenizers, processors
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE, WordLevel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from molex.adapter import Adapter, assemble, new_adapter
 from molex.backbone import BaseSpec
-from molex.config import AdapterConfig, GateConfig, MolexConfig, VoteConfig
+from molex.config import AdapterConfig, GateConfig, MolexConfig, ProblemType, VoteConfig
 from molex.family import FAMILIES
 
 ENCODERS = ("bert", "roberta")
 DECODERS = ("gpt2", "llama", "mistral", "qwen2")
 LAYERS, HIDDEN, VOCAB, POSITIONS = 5, 32, 97, 96
 
-WORDS = ["<pad>", "<bos>", "<eos>", "<unk>"] + [f"w{i}" for i in range(VOCAB - 4)]
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
+WORDS = SPECIAL + [f"w{i}" for i in range(VOCAB - 4)]
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 TARGETS = {"bert": ("query", "value"), "roberta": ("query", "value"), "gpt2": ("attn.c_attn", "c_fc")}
 
 
-def tiny_base(model_type: str, folder: str | Path, seed: int = 0) -> Path:
-    """Save a random base model of a family, with a word-level tokenizer, and return its folder."""
+def tiny_base(model_type: str, folder: str | Path, seed: int = 0, *, characters: bool = False) -> Path:
+    """Save a random base model of a family, with a tokenizer of words or characters; returns its folder."""
     logging.disable_progress_bar()
     torch.manual_seed(seed)
     loader: Any = AutoModelForCausalLM if FAMILIES[model_type].causal else AutoModel
@@ -38,7 +40,7 @@ def tiny_base(model_type: str, folder: str | Path, seed: int = 0) -> Path:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
     model.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    (_character_tokenizer() if characters else _tokenizer()).save_pretrained(folder)
     return Path(folder)
 
 
@@ -63,6 +65,20 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <eos> $B:1", special_tokens=[("<bos>", 1), ("<eos>", 2)]
     )
+    return _wrapped(tokenizer)
+
+
+def _character_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each printable character of ASCII but ` and ~; GPT-2 spells a space as Ġ."""
+    characters = [*string.printable[:95].replace("`", "").replace("~", "").replace(" ", "Ġ")]
+    assert len(SPECIAL + characters) == VOCAB
+    tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(SPECIAL + characters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _wrapped(tokenizer)
+
+
+def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<bos>",
@@ -82,7 +98,12 @@ def molex_config(depths: Sequence[int] = range(LAYERS), **changes: Any) -> Molex
 
 
 def adapter_config(
-    spec: BaseSpec, *, task: str = "SEQ_CLS", r: int = 4, molex: MolexConfig | None = None
+    spec: BaseSpec,
+    *,
+    task: str = "SEQ_CLS",
+    r: int = 4,
+    molex: MolexConfig | None = None,
+    problem_type: ProblemType = "single_label_classification",
 ) -> AdapterConfig:
     targets = TARGETS.get(spec.model_type, ("q_proj", "v_proj", "down_proj"))
     return AdapterConfig(
@@ -91,6 +112,7 @@ def adapter_config(
         lora_alpha=2.0 * r,
         target_modules=targets,
         fan_in_fan_out=spec.model_type == "gpt2",
+        problem_type=problem_type,
         molex=molex,
     )
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from typer import Option
 
 from molex.backbone import BaseSpec
-from molex.config import AdapterConfig, GateConfig, MolexConfig, TaskType, VoteConfig
+from molex.config import AdapterConfig, GateConfig, MolexConfig, ProblemType, TaskType, VoteConfig
 from molex.errors import MolexError
-from molex.train.metrics import CLASSIFICATION, GENERATION
+from molex.train.metrics import CLASSIFICATION, GENERATION, REGRESSION
 
 Method = Literal["molex", "lora"]
 Dtype = Literal["float32", "bfloat16"]
@@ -26,6 +26,9 @@ class TrainArguments:
     base: Annotated[str, Option(help="Base model: a folder or hub id.")]
     method: Annotated[Method, Option(help="Kind of adapter.")] = "molex"
     task_type: Annotated[TaskType, Option(help="Classification or generation.")] = "SEQ_CLS"
+    problem_type: Annotated[ProblemType, Option(help="Of SEQ_CLS: classes, or one number.")] = (
+        "single_label_classification"
+    )
     train: Annotated[Path, Option(help="Training data: .tsv, .csv or .jsonl.")]
     eval: Annotated[Path, Option(help="Data that selects the best epoch.")]
     output: Annotated[Path, Option(help="Folder for the adapter.")]
@@ -82,9 +85,9 @@ class TrainArguments:
     patience: Annotated[int | None, Option(min=1, help="Stop after so many epochs without improvement.")] = (
         None
     )
-    metric: Annotated[str | None, Option(help="Picks the best epoch. Default: accuracy, or perplexity.")] = (
-        None
-    )
+    metric: Annotated[
+        str | None, Option(help="Picks the best epoch. Default: accuracy, pearson or perplexity.")
+    ] = None
     dtype: Annotated[Dtype, Option(help="Of the base; the adapter trains in float32.")] = "float32"
     resume: Annotated[bool, Option("--resume", help="Continue from the last checkpoint.")] = False
     threads: Annotated[int | None, Option(min=1, help="CPU threads of torch.")] = None
@@ -124,7 +127,7 @@ def complete(arguments: TrainArguments, spec: BaseSpec) -> TrainArguments:
     _check_ranges(arguments)
     values: dict[str, Any] = {
         "target_modules": TARGET_MODULES.get(spec.model_type),
-        "metric": "accuracy" if arguments.task_type == "SEQ_CLS" else "perplexity",
+        "metric": _metrics(arguments)[0],
         "max_length": spec.max_length,
     }
     if arguments.method == "lora":
@@ -166,6 +169,7 @@ def adapter_config(arguments: TrainArguments, spec: BaseSpec, labels: list[str] 
         target_modules=modules,
         lora_dropout=arguments.lora_dropout,
         fan_in_fan_out=spec.model_type == "gpt2",
+        problem_type=arguments.problem_type,
         molex=None if arguments.method == "lora" else _molex_config(arguments, spec),
         base_model_name_or_path=base_name(arguments.base),
         id2label=None if labels is None else dict(enumerate(labels)),
@@ -226,6 +230,13 @@ def _refuse(arguments: TrainArguments, names: tuple[str, ...], needs: str) -> No
             raise ArgumentError(f"{flag(name)} is only used with {needs}")
 
 
+def _metrics(arguments: TrainArguments) -> tuple[str, ...]:
+    """What can pick the best epoch; the first is the default."""
+    if arguments.task_type == "CAUSAL_LM":
+        return GENERATION
+    return REGRESSION if arguments.problem_type == "regression" else CLASSIFICATION
+
+
 def _check_ranges(arguments: TrainArguments) -> None:
     if not arguments.learning_rate > 0:
         raise ArgumentError("--learning-rate must be above 0")
@@ -239,9 +250,12 @@ def _check_ranges(arguments: TrainArguments) -> None:
 
 def _check_fit(arguments: TrainArguments, spec: BaseSpec) -> None:
     """Refuse what the base or the task cannot do."""
-    known = CLASSIFICATION if arguments.task_type == "SEQ_CLS" else GENERATION
+    if arguments.problem_type == "regression" and arguments.task_type != "SEQ_CLS":
+        raise ArgumentError("--problem-type regression is only used with --task-type SEQ_CLS")
+    known = _metrics(arguments)
     if arguments.metric not in known:
-        raise ArgumentError(f"--metric {arguments.metric}: {arguments.task_type} has {', '.join(known)}")
+        task = "regression" if arguments.problem_type == "regression" else arguments.task_type
+        raise ArgumentError(f"--metric {arguments.metric}: {task} has {', '.join(known)}")
     if arguments.task_type == "CAUSAL_LM" and not spec.generates:
         raise ArgumentError(f"--task-type CAUSAL_LM: a {spec.model_type} base does not generate")
     if arguments.target_modules is None:

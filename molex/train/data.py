@@ -2,7 +2,7 @@
 
 Two kinds of example, told apart by the task:
 
-- SEQ_CLS: columns `text`, optionally `text_pair`, and `label`;
+- SEQ_CLS: columns `text`, optionally `text_pair`, and `label`, for regression a number;
 - CAUSAL_LM: columns `prompt` and either `completion` (one text) or `references` (a list of texts,
   so only in JSONL). A completion follows its prompt verbatim: nothing is put between them.
 
@@ -15,6 +15,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class DataError(MolexError):
 
 @dataclass(frozen=True)
 class LabelledText:
-    """One classification example; `label` is the class name as the file spells it."""
+    """One classification or regression example; `label` is as the file spells it."""
 
     text: str
     label: str
@@ -76,16 +77,17 @@ def place(name: str, line: int | None = None, column: str | None = None) -> str:
     return ", ".join(parts)
 
 
-def read_labelled(path: Path) -> Dataset[LabelledText]:
-    """Read a classification file.
+def read_labelled(path: Path, *, regression: bool = False) -> Dataset[LabelledText]:
+    """Read a classification or regression file.
 
     Raises:
-        DataError: a malformed file, a missing or empty cell, or labels that are real numbers.
+        DataError: a malformed file, a missing or empty cell, or classes that are real numbers.
     """
     content = _read_bytes(path)
     records = _records(path, content, required=("text", "label"), optional=("text_pair",))
     examples = tuple(_labelled(path.name, line, cells) for line, cells in records)
-    _refuse_regression(path.name, examples)
+    if not regression:
+        _refuse_real_numbers(path.name, examples)
     return Dataset(path.name, _sha256(content), examples, tuple(line for line, _ in records))
 
 
@@ -132,6 +134,18 @@ def label_indices(dataset: Dataset[LabelledText], names: Iterable[str]) -> list[
                 f"{dataset.at(position, 'label')}: unknown label {example.label!r} (known: {known})"
             )
     return [index_of[example.label] for example in dataset.examples]
+
+
+def label_values(dataset: Dataset[LabelledText]) -> list[float]:
+    """The number of every example, for regression.
+
+    Raises:
+        DataError: a label that is no finite number.
+    """
+    for position, example in enumerate(dataset.examples):
+        if not _is_number(example.label) or not math.isfinite(float(example.label)):
+            raise DataError(f"{dataset.at(position, 'label')}: {example.label!r} is no finite number")
+    return [float(example.label) for example in dataset.examples]
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -272,12 +286,12 @@ def _prompt(name: str, line: int, cells: dict[str, Any]) -> PromptText:
     return PromptText(prompt, texts)
 
 
-def _refuse_regression(name: str, examples: Iterable[LabelledText]) -> None:
+def _refuse_real_numbers(name: str, examples: Iterable[LabelledText]) -> None:
     labels = {example.label for example in examples}
     if all(_is_number(label) for label in labels) and not all(map(_is_whole, labels)):
         raise DataError(
             f"{place(name, column='label')}: the labels are real numbers; "
-            "regression is not supported, only classification"
+            "train a regression with --problem-type regression"
         )
 
 

@@ -15,13 +15,13 @@ from molex.train.data import DataError, Dataset, LabelledText, PromptText
 class Item:
     """One tokenized example.
 
-    SEQ_CLS: all tokens vote and `label` is the class index. CAUSAL_LM: the first `prompt_length`
-    tokens vote, and the loss is taken on all tokens after them.
+    SEQ_CLS: all tokens vote and `label` is the class index, or the number of a regression. CAUSAL_LM:
+    the first `prompt_length` tokens vote, and the loss is taken on all tokens after them.
     """
 
     token_ids: Sequence[int]
     token_type_ids: Sequence[int] | None = None
-    label: int | None = None
+    label: int | float | None = None
     prompt_length: int | None = None
 
 
@@ -39,9 +39,9 @@ class Encoded:
 
 
 def encode_labelled(
-    tokenizer: Any, dataset: Dataset[LabelledText], labels: Sequence[int], max_length: int
+    tokenizer: Any, dataset: Dataset[LabelledText], labels: Sequence[float], max_length: int
 ) -> Encoded:
-    """Tokenize classification examples, pairs through the tokenizer's own template.
+    """Tokenize classification or regression examples, pairs through the tokenizer's own template.
 
     Texts longer than `max_length` tokens are cut by the tokenizer's rule and counted.
     """

@@ -24,7 +24,7 @@ from molex.train.checkpoint import (
     unprefixed,
 )
 from molex.train.encoding import Item
-from molex.train.loss import make_rows, token_loss
+from molex.train.loss import make_rows, prediction_loss
 from molex.train.metrics import Metrics, is_better
 
 WARMUP_SHARE = 0.06
@@ -159,7 +159,7 @@ class Trainer:
 
     def _loss(self, items: Sequence[Item]) -> Tensor:
         output = self.model.run(make_rows(self.adapter, items), lm_logits="all")
-        loss = token_loss(output.logits, items).mean()
+        loss = prediction_loss(self.adapter, output.logits, items).mean()
         return loss + self.options.balance_coefficient * output.balance_loss
 
     def _batch(self) -> Batch:

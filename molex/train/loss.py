@@ -24,12 +24,16 @@ def make_rows(adapter: Adapter, items: Sequence[Item]) -> list[Row]:
     ]
 
 
-def token_loss(logits: Sequence[Tensor], items: Sequence[Item]) -> Tensor:
-    """Negative log-likelihood of everything that is predicted, [n].
+def prediction_loss(adapter: Adapter, logits: Sequence[Tensor], items: Sequence[Item]) -> Tensor:
+    """The loss of everything that is predicted, [n]: negative log-likelihood, of a regression squared error.
 
     SEQ_CLS: logits [num_labels] per item, n = items. CAUSAL_LM: logits [length, vocab] per item,
     n = completion tokens of all items.
     """
+    if adapter.regression:
+        values = torch.tensor([item.label for item in items], dtype=torch.float32)
+        predicted = torch.cat(list(logits)).float()
+        return functional.mse_loss(predicted, values.to(predicted.device), reduction="none")
     if items[0].prompt_length is None:
         predicted = torch.stack(list(logits))
         targets = [item.label for item in items]

@@ -1,4 +1,4 @@
-"""Metrics of classification and generation.
+"""Metrics of classification, regression and generation.
 
 Thin wrappers around scikit-learn and sacrebleu (extra `train`), which are imported where they are
 used because serving does not need them.
@@ -13,6 +13,7 @@ from molex.errors import MolexError
 Metrics = dict[str, float]
 
 CLASSIFICATION = ("accuracy", "matthews", "f1", "f1_macro", "loss")
+REGRESSION = ("pearson", "spearman", "loss")
 GENERATION = ("perplexity", "bleu", "chrf")
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
@@ -37,6 +38,17 @@ def classification_metrics(predicted: Sequence[int], labels: Sequence[int]) -> M
     if set(labels) | set(predicted) <= {0, 1}:
         metrics["f1"] = sklearn.f1_score(labels, predicted, pos_label=1, zero_division=0.0)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def regression_metrics(predicted: Sequence[float], values: Sequence[float]) -> Metrics:
+    """Pearson and Spearman correlation; 0 where one side does not vary."""
+    stats = _import_scipy_stats()
+    if len(set(predicted)) < 2 or len(set(values)) < 2:
+        return {"pearson": 0.0, "spearman": 0.0}
+    return {
+        "pearson": float(stats.pearsonr(predicted, values).statistic),
+        "spearman": float(stats.spearmanr(predicted, values).statistic),
+    }
 
 
 def perplexity(total_loss: float, num_tokens: int) -> float:
@@ -69,6 +81,14 @@ def _import_sklearn() -> Any:
     except ImportError as error:
         raise MolexError("metrics need scikit-learn: pip install 'molex-serve[train]'") from error
     return metrics
+
+
+def _import_scipy_stats() -> Any:
+    try:
+        from scipy import stats  # noqa: PLC0415 (optional dependency)
+    except ImportError as error:
+        raise MolexError("correlations need scipy: pip install 'molex-serve[train]'") from error
+    return stats
 
 
 def _import_sacrebleu() -> Any:

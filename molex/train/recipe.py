@@ -31,6 +31,7 @@ from molex.train.data import (
     PromptText,
     label_indices,
     label_names,
+    label_values,
     read_labelled,
     read_prompts,
 )
@@ -136,7 +137,8 @@ def evaluate_adapter(arguments: EvaluateArguments, base: Base | None = None) -> 
     adapter = read_adapter(arguments.adapter, model.spec, dtype=model.dtype)
     max_length = arguments.max_length or model.spec.max_length
     if adapter.task_type == "SEQ_CLS":
-        labels = [adapter.id2label[index] for index in range(adapter.num_labels)]
+        names = [adapter.id2label[index] for index in range(adapter.num_labels)]
+        labels = None if adapter.regression else names
         data = prepare_labelled(arguments.data, base, labels, max_length)
     else:
         data = prepare_prompts(arguments.data, base, max_length)
@@ -148,11 +150,11 @@ def evaluate_adapter(arguments: EvaluateArguments, base: Base | None = None) -> 
     return {"metrics": metrics, "data": summary, "digest": adapter.digest, "seconds": seconds}
 
 
-def prepare_labelled(path: Path, base: Base, labels: list[str], max_length: int) -> Prepared:
-    """Read and tokenize a classification file whose labels are among `labels`."""
-    dataset = read_labelled(path)
-    indices = label_indices(dataset, labels)
-    encoded = encode_labelled(base.tokenizer, dataset, indices, max_length)
+def prepare_labelled(path: Path, base: Base, labels: list[str] | None, max_length: int) -> Prepared:
+    """Read and tokenize a file whose labels are among `labels` or, where that is None, numbers."""
+    dataset = read_labelled(path, regression=labels is None)
+    targets = label_values(dataset) if labels is None else label_indices(dataset, labels)
+    encoded = encode_labelled(base.tokenizer, dataset, targets, max_length)
     return Prepared(dataset.name, dataset.digest, encoded)
 
 
@@ -176,7 +178,7 @@ def _check_output(output: Path, resume: bool) -> None:
 
 
 def _prepare(arguments: TrainArguments, base: Base) -> tuple[list[str] | None, Prepared, Prepared]:
-    """The classes of a classifier, the training data and the evaluation data."""
+    """The classes of a classifier (None: there are none), the training data and the evaluation data."""
     assert arguments.max_length is not None
     length = arguments.max_length
     if arguments.task_type == "CAUSAL_LM":
@@ -184,8 +186,8 @@ def _prepare(arguments: TrainArguments, base: Base) -> tuple[list[str] | None, P
             prepare_prompts(path, base, length) for path in (arguments.train, arguments.eval)
         )
         return None, train, evaluation
-    labels = label_names(read_labelled(arguments.train))
-    if arguments.metric == "f1" and len(labels) > 2:
+    labels = None if arguments.problem_type == "regression" else label_names(read_labelled(arguments.train))
+    if arguments.metric == "f1" and labels is not None and len(labels) > 2:
         raise ArgumentError("--metric f1 is for two classes; use f1_macro")
     train, evaluation = (
         prepare_labelled(path, base, labels, length) for path in (arguments.train, arguments.eval)
@@ -198,7 +200,7 @@ def _new_adapter(arguments: TrainArguments, model: MolexModel, labels: list[str]
     return new_adapter(
         model.spec,
         adapter_config(arguments, model.spec, labels),
-        num_labels=len(labels or ()),
+        num_labels=1 if arguments.problem_type == "regression" else len(labels or ()),
         mix=(alpha, 1 - alpha),
         seed=arguments.seed,
     )

@@ -8,10 +8,11 @@ from fastapi import APIRouter, Request, Response
 
 from server.deps import EngineDep, generator
 from server.detokenizer import REPLACEMENT
+from server.generation_schemas import ChatRequest
+from server.routes.answers import ChatCompletion
 from server.routes.generation import Choice, Generation, Json
 from server.routes.prepare import prepare
 from server.routes.timing import Stopwatch
-from server.schemas import ChatRequest
 from server.sequence import TokenText, Update
 
 router = APIRouter(tags=["generation"])
@@ -41,16 +42,21 @@ class ChatShape:
         return _delta(update.sequence.index, content, tokens, update.finish_reason)
 
 
-@router.post("/v1/chat/completions", response_class=Response)
+@router.post("/v1/chat/completions", response_class=Response, responses={200: {"model": ChatCompletion}})
 async def create_chat_completion(body: ChatRequest, request: Request, engine: EngineDep) -> Response:
     """Answer a conversation. With `stream` the answer is a stream of server-sent events."""
     watch = Stopwatch()
     target = generator(engine, body.model)
     generation = Generation(body, target, ChatShape(), watch, engine, request)
     tokenization = target.base.tokenization
-    messages = [{"role": message.role, "content": message.text} for message in body.messages]
     adapter, prompt = await prepare(
-        engine, target, watch, tokenization.encode_chat, messages, reserve=body.limit or 1
+        engine,
+        target,
+        watch,
+        tokenization.encode_chat,
+        body.conversation,
+        reserve=body.limit or 1,
+        **body.template_options,
     )
     limit = body.limit or tokenization.max_length - len(prompt.token_ids)
     return await generation.respond(adapter, [prompt], body.num_logprobs, limit)

@@ -19,7 +19,10 @@ router = APIRouter(tags=["classification"])
 
 
 class Classification(BaseModel):
-    """The answer for one input. `routes`: the layer that each mixed depth chose (two of them for top-2)."""
+    """The answer for one input; of a regression, `probs` holds its one number.
+
+    `routes`: the layer that each mixed depth chose (two of them for top-2).
+    """
 
     index: int
     label: str

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from fastapi import APIRouter, Request, Response
 
 from server.deps import EngineDep, check_count, generator
+from server.generation_schemas import CompletionRequest
+from server.routes.answers import Completion
 from server.routes.generation import Choice, Generation, Json
 from server.routes.prepare import prepare
 from server.routes.timing import Stopwatch
-from server.schemas import CompletionRequest
 from server.sequence import TokenText, Update
 from server.tokenization import Prompt, Tokenization
 
@@ -18,35 +21,50 @@ DEFAULT_MAX_TOKENS = 16
 router = APIRouter(tags=["generation"])
 
 
+@dataclass
 class CompletionShape:
-    """OpenAI's text completion."""
+    """OpenAI's text completion. `echoes` are the texts that choices begin with, if any: their prompts."""
+
+    echoes: list[str] = field(default_factory=list)
 
     id_prefix = "cmpl-"
     object = "text_completion"
     chunk_object = "text_completion"
 
     def choice(self, choice: Choice) -> Json:
-        return _choice(choice.index, choice.text, choice.tokens, choice.finish_reason)
+        text = self._echo(choice.index) + choice.text
+        return _choice(choice.index, text, choice.tokens, choice.finish_reason)
 
     def opening(self, index: int) -> Json | None:
-        """None: a text completion starts with its first text."""
+        """The prompt, where it is echoed: otherwise a text completion starts with its first text."""
+        return _choice(index, self._echo(index), [], None) if self.echoes else None
 
     def delta(self, update: Update) -> Json:
         tokens = [] if update.token is None else [update.token]
         return _choice(update.sequence.index, update.text, tokens, update.finish_reason)
 
+    def _echo(self, index: int) -> str:
+        return self.echoes[index] if self.echoes else ""
 
-@router.post("/v1/completions", response_class=Response)
+
+@router.post("/v1/completions", response_class=Response, responses={200: {"model": Completion}})
 async def create_completion(body: CompletionRequest, request: Request, engine: EngineDep) -> Response:
     """Continue one or more prompts. With `stream` the answer is a stream of server-sent events."""
     watch = Stopwatch()
     check_count(engine, len(body.prompts), "prompt")
     target = generator(engine, body.model)
-    generation = Generation(body, target, CompletionShape(), watch, engine, request)
     limit = body.max_tokens or DEFAULT_MAX_TOKENS
     tokenization = target.base.tokenization
     adapter, prompts = await prepare(engine, target, watch, _encode, tokenization, body.prompts, limit)
+    echoes = await engine.in_pool(_echoes, tokenization, body) if body.echo else []
+    generation = Generation(body, target, CompletionShape(echoes), watch, engine, request)
     return await generation.respond(adapter, prompts, body.logprobs, limit)
+
+
+def _echoes(tokenization: Tokenization, body: CompletionRequest) -> list[str]:
+    """The prompt of each choice as text."""
+    texts = (prompt if isinstance(prompt, str) else tokenization.decode(prompt) for prompt in body.prompts)
+    return [text for text in texts for _ in range(body.num_choices)]
 
 
 def _encode(tokenization: Tokenization, prompts: list[str | list[int]], limit: int) -> list[Prompt]:

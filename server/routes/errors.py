@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from server.errors import ErrorKind, ServiceError, error_of_status
@@ -23,6 +24,26 @@ def install(app: FastAPI) -> None:
 
 def answer(error: ServiceError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     return JSONResponse(error.body(), error.kind.status, headers={**error.headers, **(headers or {})})
+
+
+def error_route(spell: Callable[[ServiceError], Response]) -> type[APIRoute]:
+    """A class of routes that answer errors in a shape of their own."""
+
+    class ErrorRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def handle_in_shape(request: Request) -> Response:
+                try:
+                    return await handle(request)
+                except ServiceError as error:
+                    return spell(error)
+                except RequestValidationError as error:
+                    return spell(describe(error))
+
+            return handle_in_shape
+
+    return ErrorRoute
 
 
 async def _on_service_error(_: Request, error: Exception) -> JSONResponse:

@@ -17,11 +17,12 @@ from starlette.types import Receive, Scope, Send
 from molex.adapter import Adapter
 from molex.routing import flat_route
 from molex.sampling import SamplingParams
-from server.deps import Target, unless_disconnected
+from server.deps import Target, check_count, unless_disconnected
 from server.engine import Engine, Submission
 from server.errors import ServiceError
+from server.generation_schemas import GenerationRequest
+from server.grammar import GrammarConstraint
 from server.routes.timing import Stopwatch
-from server.schemas import GenerationRequest
 from server.sequence import Sequence, Timings, TokenText, Update
 from server.tokenization import Prompt
 
@@ -81,20 +82,39 @@ class Generation:
     async def respond(
         self, adapter: Adapter, prompts: Seq[Prompt], logprobs: int | None, limit: int
     ) -> Response:
-        """Generate at most `limit` tokens after each prompt, with these weights of the target."""
+        """Generate at most `limit` tokens after each prompt, as often as the request has choices.
+
+        `adapter` holds the weights of the target. Choices of one prompt differ in their random numbers alone;
+        they are neighbours in the answer.
+        """
+        self._check(len(prompts))
+        constraint = await self._constraint()
         self.sequences = [
             Sequence(
                 base=self.target.base.name,
                 adapter=adapter,
                 token_ids=prompt.token_ids,
-                sampling=sampling_params(self.body, limit, logprobs),
-                index=index,
+                sampling=sampling_params(self.body, limit, logprobs, choice),
+                constraint=constraint and constraint.copy(),
+                index=index * self.body.num_choices + choice,
                 timings=Timings(self.watch.created),
             )
             for index, prompt in enumerate(prompts)
+            for choice in range(self.body.num_choices)
         ]
         submission = self.engine.submit(self.sequences)
         return await (self._stream(submission) if self.body.stream else self._answer(submission))
+
+    def _check(self, num_prompts: int) -> None:
+        """Raises ServiceError for what depends on the server: its limits and the base's vocabulary."""
+        check_count(self.engine, num_prompts * self.body.num_choices, "n", "choices")
+        self.target.base.tokenization.check_vocabulary(self.body.token_bias, "logit_bias")
+
+    async def _constraint(self) -> GrammarConstraint | None:
+        """Raises ServiceError where the grammar is not supported."""
+        if (grammar := self.body.grammar) is None:
+            return None
+        return await self.engine.in_pool(self.target.base.tokenization.grammars.compile, grammar)
 
     async def _answer(self, submission: Submission) -> Response:
         try:
@@ -168,7 +188,8 @@ class Generation:
         return {"routes": flat_route(sequence.route or ())} if self.body.return_routes else {}
 
     def _usage(self) -> Json:
-        prompt = sum(len(sequence.token_ids) for sequence in self.sequences)
+        # The choices of a prompt share it.
+        prompt = sum(len(sequence.token_ids) for sequence in self.sequences[:: self.body.num_choices])
         completion = sum(len(sequence.output_ids) for sequence in self.sequences)
         return {
             "prompt_tokens": prompt,
@@ -178,14 +199,21 @@ class Generation:
         }
 
 
-def sampling_params(body: GenerationRequest, limit: int, logprobs: int | None) -> SamplingParams:
-    """OpenAI reads an explicit null as the default."""
+def sampling_params(
+    body: GenerationRequest, limit: int, logprobs: int | None, choice: int = 0
+) -> SamplingParams:
+    """OpenAI reads an explicit null as the default. Each choice of a seeded request has a seed of its own."""
     return SamplingParams(
         max_tokens=limit,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=body.top_k or 0,
-        seed=body.seed,
+        min_p=body.min_p or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        logit_bias=body.token_bias,
+        seed=None if body.seed is None else body.seed + choice,
         stop=body.stop_strings,
         ignore_eos=body.ignore_eos,
         logprobs=logprobs,

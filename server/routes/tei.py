@@ -6,21 +6,27 @@ parameter, which can be left out where only one adapter or base fits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
 from importlib.metadata import version
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from server.deps import EngineDep, Target, classifier, encoder, find_target
-from server.engine import Engine
+from server.deps import (
+    EngineDep,
+    Target,
+    classifier,
+    classifiers,
+    encoder,
+    encoders,
+    find_target,
+    only,
+    only_classifier,
+)
 from server.errors import ErrorKind, ServiceError
 from server.routes.embeddings import normalized
-from server.routes.errors import describe
+from server.routes.errors import error_route
 from server.routes.prompts import run_prompts
 from server.schemas import ModelName, TeiEmbedRequest, TeiPredictRequest
 from server.sequence import Sequence
@@ -31,24 +37,13 @@ STATUS = {ErrorKind.CONTEXT_LENGTH: 413, ErrorKind.INTERNAL: 424}
 ERROR_TYPES = {424: "Backend", 429: "Overloaded", 503: "Unhealthy"}
 
 
-class TeiRoute(APIRoute):
-    """Answers errors in TEI's shape."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_in_shape(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except ServiceError as error:
-                return _error(error)
-            except RequestValidationError as error:
-                return _error(describe(error))
-
-        return handle_in_shape
+def _error(error: ServiceError) -> JSONResponse:
+    status = STATUS.get(error.kind, 422 if error.kind.status == 400 else error.kind.status)
+    body = {"error": error.message, "error_type": ERROR_TYPES.get(status, "Validation")}
+    return JSONResponse(body, status, headers=error.headers)
 
 
-router = APIRouter(tags=["text-embeddings-inference"], route_class=TeiRoute)
+router = APIRouter(tags=["text-embeddings-inference"], route_class=error_route(_error))
 
 
 class Prediction(BaseModel):
@@ -79,15 +74,15 @@ class Info(BaseModel):
 
 # One declaration for both places of the name: in the path where the path has it, else in the query.
 def _classifier(engine: EngineDep, model: ModelName | None = None) -> Target:
-    return classifier(engine, model or _only(_classifiers(engine)))
+    return classifier(engine, model or only_classifier(engine))
 
 
 def _encoder(engine: EngineDep, model: ModelName | None = None) -> Target:
-    return encoder(engine, model or _only(_encoders(engine)))
+    return encoder(engine, model or only(encoders(engine)))
 
 
 def _either(engine: EngineDep, model: ModelName | None = None) -> Target:
-    target = find_target(engine, model or _only(_classifiers(engine) or _encoders(engine)))
+    target = find_target(engine, model or only(classifiers(engine) or encoders(engine)))
     return target if target.classifies else encoder(engine, target.name)
 
 
@@ -155,22 +150,6 @@ async def health(engine: EngineDep) -> Response:
     return Response()
 
 
-def _classifiers(engine: Engine) -> list[str]:
-    return [served.name for served in engine.adapters.all() if served.classifies]
-
-
-def _encoders(engine: Engine) -> list[str]:
-    return [name for name, base in engine.bases.items() if not base.model.spec.generates]
-
-
-def _only(names: list[str]) -> str:
-    """The one name there is to choose."""
-    if len(names) == 1:
-        return names[0]
-    message = f"{len(names)} models fit: add ?model=NAME, or give clients /tei/NAME as the address"
-    raise ServiceError(ErrorKind.MODEL_NOT_FOUND, message, param="model")
-
-
 def _predictions(sequence: Sequence, *, raw: bool) -> list[Prediction]:
     """All labels, the highest score first."""
     scores = sequence.scores if raw else sequence.probs
@@ -198,9 +177,3 @@ def _compute_headers(
         "x-compute-characters": str(sum(map(len, texts))),
         "x-compute-tokens": str(sum(len(sequence.token_ids) for sequence in sequences)),
     }
-
-
-def _error(error: ServiceError) -> JSONResponse:
-    status = STATUS.get(error.kind, 422 if error.kind.status == 400 else error.kind.status)
-    body = {"error": error.message, "error_type": ERROR_TYPES.get(status, "Validation")}
-    return JSONResponse(body, status, headers=error.headers)

@@ -282,6 +282,11 @@ def test_labels_are_counted(folder):
     assert "2 names for 3 labels" in refusal(folder, "id2label")
 
 
+def test_a_regression_has_one_output(folder):
+    change_config(folder, problem_type="regression", id2label=None)
+    assert "one output, but the head has 3" in refusal(folder, "problem_type")
+
+
 def test_a_generator_has_no_place_on_an_encoder(folder):
     change_config(folder, task_type="CAUSAL_LM")
     assert "needs a decoder, but the base is roberta" in refusal(folder, "task_type")

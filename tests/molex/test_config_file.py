@@ -225,6 +225,8 @@ WRONG = [
     ("base_model_name_or_path", 7),
     ("modules_to_save", ["embed_tokens"]),
     ("modules_to_save", ["lm_head"]),
+    ("problem_type", "multi_label_classification"),
+    ("problem_type", True),
     ("id2label", ["a", "b"]),
     ("id2label", {"0": 1}),
     ("id2label", {"1": "a"}),

@@ -171,6 +171,16 @@ def test_a_checkpoint_without_gate_is_a_lora_adapter(checkpoint, tmp_path):
     assert adapter.kind == "lora"
 
 
+@pytest.mark.parametrize(("outputs", "regression"), [(1, True), (3, False)])
+def test_one_output_is_a_regression(checkpoint, tmp_path, outputs, regression):
+    head = {
+        "classifier.out_proj.weight": randn(outputs, SIZE),
+        "classifier.out_proj.bias": randn(outputs),
+    }
+    _, adapter = converted(checkpoint("roberta", weights=head), tmp_path)
+    assert adapter.regression == regression
+
+
 def test_query_and_value_of_gpt2_keep_their_own_factors(checkpoint, tmp_path):
     _, adapter = converted(checkpoint("gpt2"), tmp_path)
     weights = gpt2_weights()

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molex.errors import InputError
-from molex.sampling import FIRST_CANDIDATES, SampledToken, SamplingParams, logit_rows, new_generator
+from molex.sampling import (
+    FIRST_CANDIDATES,
+    SampledToken,
+    SamplingParams,
+    logit_rows,
+    new_generator,
+    new_processor,
+)
 
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0])
 
@@ -17,8 +24,8 @@ def params(**changes) -> SamplingParams:
     return SamplingParams(max_tokens=1, **changes)
 
 
-def sample(logits, params, generator) -> SampledToken:
-    return logit_rows([logits])[0].sample(params, generator)
+def sample(logits, params, generator, processor=None) -> SampledToken:
+    return logit_rows([logits])[0].sample(params, generator, processor)
 
 
 def draws(count: int, logits=LOGITS, *, seed=0, **changes) -> list[int]:
@@ -67,6 +74,68 @@ def test_a_nucleus_wider_than_the_first_candidates_is_complete():
     assert len(set(drawn)) > 2 * FIRST_CANDIDATES
 
 
+def test_min_p_keeps_what_has_that_share_of_the_best():
+    probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    assert set(draws(300, probs.log(), min_p=0.61)) == {0}
+    assert set(draws(300, probs.log(), min_p=0.59)) == {0, 1}
+    assert set(draws(300, probs.log(), min_p=0.29, top_k=2)) == {0, 1}
+    # At temperature 2 the shares are the square roots.
+    assert set(draws(300, probs.log(), min_p=0.5, temperature=2.0)) == {0, 1, 2}
+
+
+VOCAB = 12
+TOKENS = st.lists(st.integers(0, VOCAB - 1), max_size=20)
+
+
+def changed(logits, prompt, output, how):
+    """The definition of penalties and biases, token by token."""
+    values = []
+    for token, logit in enumerate(logits):
+        if token in prompt + output:
+            logit = logit / how.repetition_penalty if logit > 0 else logit * how.repetition_penalty
+        logit += how.logit_bias.get(token, 0.0)
+        logit -= how.frequency_penalty * output.count(token)
+        logit -= how.presence_penalty * (token in output)
+        values.append(logit)
+    return values
+
+
+@given(
+    st.lists(st.floats(-20, 20), min_size=VOCAB, max_size=VOCAB),
+    TOKENS,
+    TOKENS,
+    st.builds(
+        params,
+        presence_penalty=st.floats(-2, 2),
+        frequency_penalty=st.floats(-2, 2),
+        repetition_penalty=st.floats(0.5, 3),
+        logit_bias=st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-100, 100)),
+    ),
+)
+def test_a_processor_does_what_its_definition_says(logits, prompt, output, how):
+    processor = new_processor(how, prompt, VOCAB)
+    if processor is None:
+        assert changed(logits, prompt, output, how) == logits
+        return
+    for token in output:
+        processor.accept(token)
+    processed = processor.process(torch.tensor(logits, dtype=torch.float32)).tolist()
+    assert processed == pytest.approx(changed(logits, prompt, output, how), abs=1e-4)
+
+
+def test_sampling_tells_its_processor_what_came():
+    # Each token costs 1 the first time that it comes, and so makes room for the next best.
+    how = params(temperature=0.0, presence_penalty=1.5)
+    processor = new_processor(how, [], len(LOGITS))
+    drawn = [sample(LOGITS, how, new_generator(0), processor).token_id for _ in range(4)]
+    assert drawn == [1, 2, 1, 1]
+
+
+def test_a_bias_outside_the_vocabulary_is_refused():
+    with pytest.raises(InputError, match="logit_bias must be of tokens 0 to 11, got"):
+        new_processor(params(logit_bias={12: 1.0}), [], VOCAB)
+
+
 def test_a_tiny_temperature_is_finite():
     assert set(draws(20, temperature=1e-40)) == {1}
 
@@ -104,6 +173,11 @@ def test_every_draw_is_a_token(values, temperature, top_p, top_k):
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_k", -1),
+        ("min_p", 1.1),
+        ("presence_penalty", math.inf),
+        ("frequency_penalty", math.nan),
+        ("repetition_penalty", 0.0),
+        ("logit_bias", {3: math.nan}),
         ("stop", ("",)),
         ("logprobs", -1),
     ],

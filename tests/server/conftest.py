@@ -156,6 +156,15 @@ def live(settings) -> Iterator[Live]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def chars(settings, tmp_path_factory) -> Iterator[Live]:
+    """A server with a decoder whose tokens are characters, which can spell JSON."""
+    folder = tiny_base("llama", tmp_path_factory.mktemp("chars"), characters=True)
+    changes = {"bases": {"chars": str(folder)}, "adapters": None}
+    with live_server(settings.model_copy(update=changes)) as server:
+        yield server
+
+
 @pytest.fixture
 def start() -> Iterator[Callable[[Settings], Live]]:
     """Starts servers that belong to one test."""

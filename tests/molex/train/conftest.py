@@ -35,6 +35,21 @@ def labelled_files(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def scored_files(tmp_path_factory):
+    """Pairs scored from 0 to 5 by the share of warm words in the first text: (train, eval)."""
+    folder = tmp_path_factory.mktemp("scored")
+    rng = random.Random(0)
+    for name, rows in (("train.tsv", 128), ("eval.tsv", 48)):
+        lines = ["text\ttext_pair\tlabel"]
+        for _ in range(rows):
+            warm = rng.randint(0, 4)
+            words = [f"w{rng.randrange(40, 44)}"] * warm + [f"w{rng.randrange(4)}"] * (4 - warm)
+            lines.append(f"{' '.join(words)}\tw60\t{1.25 * warm}")
+        (folder / name).write_text("\n".join(lines) + "\n")
+    return folder / "train.tsv", folder / "eval.tsv"
+
+
+@pytest.fixture(scope="session")
 def prompt_files(tmp_path_factory):
     """Completions that follow from the first word of the prompt: (train, eval with references)."""
     folder = tmp_path_factory.mktemp("prompts")

@@ -63,6 +63,38 @@ def test_evaluate_reports_what_training_measured(encoder_base, classifier, label
     assert "accuracy" in table.stdout
 
 
+@pytest.mark.parametrize("method", ["molex", "lora"])
+def test_a_regression_is_trained_and_evaluated(encoder_base, scored_files, tmp_path, method):
+    files = ("--train", scored_files[0], "--eval", scored_files[1])
+    options = ("--problem-type", "regression", "--learning-rate", "2e-2", "--batch-size", "16")
+    output = tmp_path / "adapter"
+    result = molex("train", "--base", encoder_base, *files, "--output", output, *options, "--method", method)
+    assert result.exit_code == 0, result.output
+    assert json.loads((output / "adapter_config.json").read_text())["problem_type"] == "regression"
+    where = ("--base", encoder_base, "--adapter", output, "--data", scored_files[1])
+    metrics = json.loads(molex("evaluate", *where, "--json").stdout)["metrics"]
+    assert set(metrics) == {"loss", "pearson", "spearman"}
+    # The variance of the scores is 3.1: a constant answer has that loss and no correlation.
+    assert metrics["pearson"] > 0.8
+    assert metrics["loss"] < 1.5
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--problem-type", "regression", "--metric", "accuracy"), "regression has pearson, spearman, loss"),
+        (("--problem-type", "regression", "--task-type", "CAUSAL_LM"), "only used with --task-type SEQ_CLS"),
+        (("--metric", "pearson"), "SEQ_CLS has accuracy"),
+        ((), "train a regression with --problem-type regression"),
+    ],
+)
+def test_options_of_a_regression_are_checked(encoder_base, scored_files, tmp_path, options, words):
+    files = ("--train", scored_files[0], "--eval", scored_files[1], "--output", tmp_path / "adapter")
+    result = molex("train", "--base", encoder_base, *files, *options)
+    assert result.exit_code == 1
+    assert words in " ".join(result.output.split())
+
+
 def test_generation_is_trained_and_evaluated(decoder_base, prompt_files, tmp_path):
     files = ("--train", prompt_files[0], "--eval", prompt_files[1])
     options = ("--method", "lora", "--task-type", "CAUSAL_LM", "--epochs", "1", "--metric", "chrf")

@@ -76,14 +76,14 @@ def test_digest_is_that_of_the_bytes(tmp_path):
         ("a.tsv", "text\tlabel\na\t\n", "a.tsv, line 2, column 'label': empty"),
         ("a.tsv", "text\ttext\tlabel\na\tb\tc\n", "column 'text': appears twice"),
         ("a.tsv", "text\tlabel\tidx\na\tb\tc\n", "line 2, column 'idx': unknown column"),
-        ("a.tsv", "text\tlabel\na\t0.5\nb\t2\n", "regression is not supported"),
+        ("a.tsv", "text\tlabel\na\t0.5\nb\t2\n", "--problem-type regression"),
         ("a.tsv", b"text\tlabel\na\tb\n\xff\tb\n", "a.tsv, line 3: not UTF-8"),
         ("a.csv", 'text,label\n"a,b\n', "a.csv, line 2: unexpected end of data"),
         ("a.jsonl", '{"text": "a", "label": "b"}\n{', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", "[1]\n", "a.jsonl, line 1: not a JSON object"),
         ("a.jsonl", '{"text": 1, "label": "b"}', "line 1, column 'text': not a text"),
         ("a.jsonl", '{"text": "a", "label": true}', "line 1, column 'label': not a text"),
-        ("a.jsonl", '{"text": "a", "label": 0.5}', "regression is not supported"),
+        ("a.jsonl", '{"text": "a", "label": 0.5}', "--problem-type regression"),
     ],
 )
 def test_bad_labelled_files_are_refused_by_place(tmp_path, name, content, message):

@@ -9,6 +9,7 @@ from molex.train.metrics import (
     generation_metrics,
     is_better,
     perplexity,
+    regression_metrics,
 )
 
 
@@ -27,6 +28,17 @@ def test_more_classes_have_no_binary_f1():
 
 def test_one_predicted_class_has_no_correlation():
     assert classification_metrics([1, 1], [1, 0])["matthews"] == 0.0
+
+
+def test_correlations():
+    metrics = regression_metrics([1.0, 2.0, 4.0], [0.0, 1.0, 2.0])
+    assert metrics["pearson"] == pytest.approx(3 / math.sqrt(2 * 14 / 3))
+    assert metrics["spearman"] == pytest.approx(1.0)
+    assert regression_metrics([3.0, 2.0, 1.0], [1.0, 2.0, 9.0])["spearman"] == pytest.approx(-1.0)
+
+
+def test_what_does_not_vary_has_no_correlation():
+    assert regression_metrics([1.0, 1.0], [1.0, 2.0]) == {"pearson": 0.0, "spearman": 0.0}
 
 
 def test_perplexity():

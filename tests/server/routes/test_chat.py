@@ -41,6 +41,18 @@ def test_openais_client_gets_the_same_whole_and_streamed(client):
     assert {chunk.adapter_digest for chunk in chunks} == {whole.adapter_digest}
 
 
+def test_choices_come_side_by_side_whole_and_streamed(client):
+    arguments = {"model": "writer", "messages": MESSAGES, "seed": 2, "max_tokens": 6, "n": 3}
+    arguments |= {"presence_penalty": 1.0, "frequency_penalty": -0.5, "logit_bias": {"20": 1}}
+    whole = client.chat.completions.create(**arguments)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    assert whole.usage.prompt_tokens == 3
+    streamed = ["", "", ""]
+    for chunk in client.chat.completions.create(**arguments, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == [choice.message.content for choice in whole.choices]
+
+
 def test_openais_streaming_helper_follows_the_text(client):
     arguments = {"model": "poet", "messages": MESSAGES, "seed": 1, "max_tokens": 5}
     whole = client.chat.completions.create(**arguments)
@@ -101,7 +113,7 @@ def test_a_refusal_of_the_template_is_the_callers(live, monkeypatch):
         ({"tools": []}, "tools", "unsupported parameter"),
         ({"top_logprobs": 2}, None, "only with logprobs"),
         ({"max_tokens": 3, "max_completion_tokens": 3}, None, "give one"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "text"),
+        ({"response_format": {"type": "xml"}}, "response_format", "json_object"),
         ({"model": "mood"}, "model", "/v1/classify"),
     ],
 )

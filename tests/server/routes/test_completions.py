@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -162,8 +165,95 @@ def test_openais_client_works(client):
         client.completions.create(model="nobody", prompt=PROMPT)
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as unsupported:
-        client.completions.create(model="writer", prompt=PROMPT, n=2)
-    assert unsupported.value.param == "n"
+        client.completions.create(model="writer", prompt=PROMPT, best_of=2)
+    assert unsupported.value.param == "best_of"
+
+
+def test_choices_of_one_prompt_differ_in_their_random_numbers(client):
+    arguments = {"model": "writer", "prompt": PROMPT, "max_tokens": 8, "temperature": 1.5, "seed": 3}
+    answer = client.completions.create(**arguments, n=3, best_of=3)
+    texts = [choice.text for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    alone = [client.completions.create(**arguments | {"seed": 3 + k}) for k in range(3)]
+    assert texts == [one.choices[0].text for one in alone]
+    assert answer.usage.prompt_tokens == 4
+    assert answer.usage.completion_tokens == sum(one.usage.completion_tokens for one in alone)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_choices_of_a_prompt_are_neighbours(live, stream):
+    body = {"model": "poet", "prompt": ["w1", "w2 w3"], "seed": 1, "max_tokens": 6, "echo": True}
+    response = live.complete(**body, n=2, stream=stream)
+    texts = ["", "", "", ""]
+    for event in events(response) if stream else [response.json()]:
+        for choice in event["choices"]:
+            texts[choice["index"]] += choice["text"]
+    for k, text in enumerate(texts):
+        alone = live.complete(**body | {"prompt": body["prompt"][k // 2], "seed": 1 + k % 2})
+        assert text == text_of(alone)
+
+
+def test_an_echo_is_the_prompt_as_text(live):
+    continuation = text_of(live.complete(model="writer", prompt=PROMPT, **GREEDY))
+    echoed = {"model": "writer", "echo": True, **GREEDY}
+    assert text_of(live.complete(prompt=PROMPT, **echoed)) == PROMPT + continuation
+    assert text_of(live.complete(prompt=[1, 5, 6, 7], **echoed)) == PROMPT + continuation
+
+
+def test_a_bias_forces_and_forbids_tokens(client):
+    arguments = {"model": "writer", "prompt": PROMPT, "temperature": 0, "max_tokens": 6}
+    forced = client.completions.create(**arguments, logit_bias={"30": 100})
+    assert forced.choices[0].text == " w26" * 6
+    first = client.completions.create(**arguments).choices[0].text.split()[0]
+    forbidden = client.completions.create(**arguments, logit_bias={str(int(first[1:]) + 4): -100})
+    assert first not in forbidden.choices[0].text.split()
+
+
+@pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty", "repetition_penalty"])
+def test_penalties_keep_text_from_repeating(live, penalty):
+    # The bias alone repeats one token; the penalties are worth more than the rest of the bias.
+    body = {"model": "dec", "prompt": PROMPT, "temperature": 0, "max_tokens": 8, "ignore_eos": True}
+    body |= {"logit_bias": {str(token): 50.0 for token in range(30, 40)}}
+    plain = text_of(live.complete(**body)).split()
+    value = 10.0 if penalty == "repetition_penalty" else 2.0
+    assert len(set(text_of(live.complete(**body | {penalty: value})).split())) > len(set(plain))
+
+
+def test_min_p_1_leaves_the_best_token(live):
+    body = {"model": "writer", "prompt": PROMPT, "max_tokens": 8}
+    greedy = text_of(live.complete(**body, temperature=0))
+    assert text_of(live.complete(**body, temperature=2, min_p=1)) == greedy
+
+
+def test_log_probabilities_are_the_models_whatever_is_penalised(live):
+    body = {"model": "writer", "prompt": PROMPT, "logprobs": 3, "temperature": 0, "max_tokens": 1}
+    plain, biased = (live.complete(**body, **how).json() for how in ({}, {"logit_bias": {"30": 100}}))
+    tops = [answer["choices"][0]["logprobs"]["top_logprobs"][0] for answer in (plain, biased)]
+    assert tops[0] == tops[1]
+    assert biased["choices"][0]["logprobs"]["token_logprobs"][0] < min(tops[0].values())
+
+
+def test_openais_client_waits_as_long_as_a_full_queue_asks(live, client, brake, monkeypatch):
+    held = brake(live, "dec")
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        held.release()
+        held.until(lambda: live.metrics()['molex_queue_depth{base="dec"}'] == 0)
+
+    monkeypatch.setattr(openai._base_client, "time", SimpleNamespace(sleep=sleep, time=time.time))
+    arguments = {"model": "dec", "prompt": ["w1"] * 32, "max_tokens": 1}
+    with ThreadPoolExecutor() as pool:
+        others = [pool.submit(client.completions.create, **arguments) for _ in range(2)]
+        held.until(lambda: live.metrics()['molex_queue_depth{base="dec"}'] >= 60)
+        patient = client.with_options(max_retries=1)
+        answer = patient.completions.create(model="dec", prompt=["w1"] * 5, max_tokens=1)
+        assert [len(other.result().choices) for other in others] == [32, 32]
+    assert len(answer.choices) == 5
+    # Its own first pause would be 0.375 to 0.5 s.
+    assert waited == [1.0]
 
 
 def test_neutral_values_that_clients_send_are_accepted(live):
@@ -189,14 +279,23 @@ def test_neutral_values_that_clients_send_are_accepted(live):
     [
         ({"model": "mood"}, "model", "/v1/classify"),
         ({"model": "enc"}, "model", "encoder"),
-        ({"n": 2}, "n", "1"),
+        ({"n": 0}, "n", "1"),
+        ({"n": 129}, "n", "128"),
         ({"n": True}, "n", "integer"),
-        ({"best_of": 2}, "best_of", "1"),
-        ({"echo": True}, "echo", "False"),
+        ({"n": 17, "prompt": ["w1", "w2"]}, "n", "34 choices; the limit is 32"),
+        ({"best_of": 2}, "best_of", "only the value of n"),
+        ({"best_of": 2, "n": 3}, "best_of", "only the value of n"),
+        ({"echo": True, "logprobs": 0}, None, "echo is not supported together with logprobs"),
         ({"suffix": "x"}, "suffix", ""),
-        ({"presence_penalty": 0.5}, "presence_penalty", "0"),
-        ({"logit_bias": {"5": 1.0}}, "logit_bias", "at most 0"),
-        ({"min_p": 0.1}, "min_p", "unsupported parameter"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "2"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty", "-2"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "0"),
+        ({"min_p": 1.5}, "min_p", "1"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "100"),
+        ({"logit_bias": {"five": 1}}, "logit_bias", "pattern"),
+        ({"logit_bias": {"97": 1}}, "logit_bias", "token id outside 0…96"),
+        ({"logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias", "1024"),
+        ({"use_beam_search": True}, "use_beam_search", "unsupported parameter"),
         ({"temperature": 2.1}, "temperature", "2"),
         ({"temperature": "hot"}, "temperature", "number"),
         ({"top_p": 0}, "top_p", "greater than 0"),

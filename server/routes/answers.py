@@ -1,0 +1,123 @@
+"""The answers that handlers spell themselves, as the OpenAPI document shows them.
+
+tests/server/routes/test_answers.py holds the answers to these models.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+Route = list[int | list[int]]
+"""The layer that each mixed depth chose, or two of them for top-2."""
+
+
+class Usage(Answer):
+    """Counts of tokens. The choices of a prompt share it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionLogprobs(Answer):
+    """One entry a token; offsets are characters of the generated text."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(Answer):
+    """`routes` where the request has `return_routes`."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    routes: Route | None = None
+
+
+class Completion(Answer):
+    """OpenAI's text completion. Streamed, each event has this shape, and the last one is `[DONE]`."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    adapter_digest: str | None
+    usage: Usage | None = None
+
+
+class TokenLogprob(Answer):
+    """`bytes` is null for a part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatToken(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(Answer):
+    content: list[ChatToken]
+
+
+class ChatMessage(Answer):
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChoice(Answer):
+    """`routes` where the request has `return_routes`."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+    routes: Route | None = None
+
+
+class ChatCompletion(Answer):
+    """OpenAI's chat completion. Streamed, choices have a `delta` in place of the `message`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    adapter_digest: str | None
+    usage: Usage
+
+
+class BinaryParameters(Answer):
+    binary_data_size: int
+
+
+class InferOutput(Answer):
+    """`data` in row-major order, or the number of bytes that follow the JSON."""
+
+    name: str
+    datatype: Literal["FP32", "BYTES"]
+    shape: list[int]
+    data: list[float] | list[str] | None = None
+    parameters: BinaryParameters | None = None
+
+
+class InferResponse(Answer):
+    """The tensors that were asked for."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: list[InferOutput]
