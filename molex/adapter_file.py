@@ -89,8 +89,13 @@ def parse_adapter(
     converted = {name: tensor.to(kept) for name, tensor in tensors.items()}
     if not validated:
         _check_values(converted)
-    moved = {name: tensor.to(device) for name, tensor in converted.items()}
+    moved = {name: _laid_out(name, tensor.to(device)) for name, tensor in converted.items()}
     return assemble(config, spec, moved, digest=files.digest)
+
+
+def _laid_out(name: str, tensor: Tensor) -> Tensor:
+    """B [out, r] of a low-rank update column by column, in which order the kernels read it without a copy."""
+    return tensor.T.contiguous().T if name.endswith(".lora_B.weight") else tensor
 
 
 def _read(folder: Path, name: str) -> bytes:

@@ -39,7 +39,8 @@ LARGEST_BLOCK = 64
 class FactorTable:
     """Where the factors of one adapter lie in memory, for the kernels: `fields` [sites, 5].
 
-    It keeps the tensors that the addresses are of, but for those that belong to the adapter itself.
+    It keeps the tensors that the addresses are of. For an adapter that was read from a folder these are its
+    own; other factors are copied where they lie in another order.
     """
 
     def __init__(self, lora: LoraWeights, places: Mapping[str, int], num_layers: int) -> None:

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molex import BARE, MolexModel, Row
+from molex import BARE, MolexModel, Row, read_adapter, write_adapter
 from molex.errors import BaseModelError
 from molex.lora import BatchLora
 from molex.native import build
-from molex.native.layers import NativeLayers
+from molex.native.layers import FactorTable, NativeLayers
 from molex.routing import flat_route
 from molex.stage import Stage
 from tests.molex.native.kernels import CPU, needs_kernels, threads
@@ -170,3 +170,13 @@ def test_8_bits_need_the_kernels(base_folder, monkeypatch):
     model = MolexModel.from_pretrained(base_folder("roberta"))
     with pytest.raises(BaseModelError, match="8-bit weights need the kernels, which need a CPU with AVX-512"):
         model.prepack(int8=True)
+
+
+def test_factors_of_a_folder_are_read_where_they_lie(base_folder, tmp_path):
+    _, native = pair(base_folder("roberta"))
+    write_adapter(random_adapter(native.spec, seed=1), tmp_path)
+    lora = read_adapter(tmp_path, native.spec).lora
+    places = {name: n for n, name in enumerate(native.spec.modules)}
+    addresses = FactorTable(lora, places, native.spec.num_layers).fields[:, :2].flatten().tolist()
+    own = {factor.data_ptr() for update in lora.updates.values() for factor in (update.a, update.b)}
+    assert own == {address for address in addresses if address}
