@@ -84,7 +84,7 @@ class Engine:
         self._loop: asyncio.AbstractEventLoop | None = None
         for name in bases:
             self._watch(name)
-        metrics.watch_adapters(settings.max_adapters, self._names_in_use)
+        metrics.watch_adapters(settings.max_resident_adapters, self._names_in_use)
 
     @classmethod
     def load(cls, settings: Settings) -> Engine:

@@ -18,12 +18,19 @@ Route = list[int | list[int]]
 """The layer that each mixed depth chose, or two of them for top-2."""
 
 
+class PromptTokens(Answer):
+    """`cached_tokens` did not run: an earlier prompt began alike."""
+
+    cached_tokens: int
+
+
 class Usage(Answer):
     """Counts of tokens. The choices of a prompt share it."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokens
 
 
 class CompletionLogprobs(Answer):

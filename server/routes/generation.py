@@ -189,13 +189,14 @@ class Generation:
 
     def _usage(self) -> Json:
         # The choices of a prompt share it.
-        prompt = sum(len(sequence.token_ids) for sequence in self.sequences[:: self.body.num_choices])
+        prompts = self.sequences[:: self.body.num_choices]
+        prompt = sum(len(sequence.token_ids) for sequence in prompts)
         completion = sum(len(sequence.output_ids) for sequence in self.sequences)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(s.num_reused for s in self.sequences)},
+            "prompt_tokens_details": {"cached_tokens": sum(sequence.num_reused for sequence in prompts)},
         }
 
 
