@@ -1,15 +1,17 @@
-"""What a routed branch in bfloat16 changes: labels and probabilities on real test sets.
+"""What a routed branch in bfloat16 or 8 bits changes: labels and probabilities on real test sets.
 
     python -m benchmarks.bench_precision [--output DIR]
 
-The own branch is in float32 and in bfloat16. With the first, routed layers are once in float32 and once in
-bfloat16, and labels and probabilities of the two are compared; the second is compared with all of it in
-float32. How much faster it is, `benchmarks.bench_http_ratio` measures. Needs ../shared/data.
+With the own branch in float32 and in bfloat16, routed layers are in that precision, in a lower one, or have
+weights in 8 bits. Labels and probabilities are compared with those where routed layers are not reduced; what
+is reduced everywhere, the own branch too, is compared with float32. How much faster it is,
+`benchmarks.bench_http_ratio` measures. Needs ../shared/data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,10 +28,27 @@ DATA = ROOT.parent / "shared" / "data"
 TASKS = ("sst2", "trec")
 TEXTS_PER_BATCH = 64
 EQUAL_LABELS = 99.9
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the layers of a base run, and what that is compared with."""
+
+    dtype: torch.dtype
+    routed_dtype: torch.dtype
+    against: str = "float32"
+    int8: bool = False
+    routed_int8: bool = False
+
+
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 PRECISIONS = {
-    "float32": (torch.float32, torch.float32),
-    "float32, routed bfloat16": (torch.float32, torch.bfloat16),
-    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float32": Precision(FLOAT32, FLOAT32),
+    "float32, routed bfloat16": Precision(FLOAT32, BFLOAT16),
+    "float32, routed int8": Precision(FLOAT32, FLOAT32, routed_int8=True),
+    "bfloat16": Precision(BFLOAT16, BFLOAT16),
+    "bfloat16, routed int8": Precision(BFLOAT16, BFLOAT16, "bfloat16", routed_int8=True),
+    "int8": Precision(BFLOAT16, BFLOAT16, int8=True),
 }
 
 
@@ -44,10 +63,10 @@ def probabilities(model: MolexModel, task: str) -> Tensor:
         return torch.stack([logits.softmax(-1) for rows in batches for logits in model.run(rows).logits])
 
 
-def compare(exact: Tensor, reduced: Tensor, task: str, precision: str) -> Figure:
+def compare(exact: Tensor, reduced: Tensor, task: str, precision: str, against: str) -> Figure:
     equal = (exact.argmax(-1) == reduced.argmax(-1)).double().mean().item() * 100
     change = (exact - reduced).abs().max().item()
-    what = f"labels equal to those in float32, {task} test set, {precision}"
+    what = f"labels equal to those in {against}, {task} test set, {precision}"
     measured = {"texts": float(len(exact)), "largest change of a probability": change}
     bound = EQUAL_LABELS if "routed" in precision else None
     return Figure("P3", what, equal, bound, at_least=True, unit="%", measured=measured)
@@ -55,14 +74,16 @@ def compare(exact: Tensor, reduced: Tensor, task: str, precision: str) -> Figure
 
 def figures() -> Iterator[Figure]:
     results: dict[tuple[str, str], Tensor] = {}
-    for precision, (dtype, routed_dtype) in PRECISIONS.items():
-        model = MolexModel.from_pretrained(DEMO_ENCODER, dtype=dtype, routed_dtype=routed_dtype)
-        model.prepack()
+    for name, precision in PRECISIONS.items():
+        model = MolexModel.from_pretrained(
+            DEMO_ENCODER, dtype=precision.dtype, routed_dtype=precision.routed_dtype
+        )
+        model.prepack(int8=precision.int8, routed_int8=precision.routed_int8)
         for task in TASKS:
-            results[task, precision] = probabilities(model, task)
-    for (task, precision), found in results.items():
-        if precision != "float32":
-            yield compare(results[task, "float32"], found, task, precision)
+            results[task, name] = probabilities(model, task)
+    for (task, name), found in results.items():
+        if name != (against := PRECISIONS[name].against):
+            yield compare(results[task, against], found, task, name, against)
 
 
 if __name__ == "__main__":
