@@ -26,9 +26,10 @@ from molex.train.cli import evaluate, train
 from server import logs
 from server.app import create_app
 from server.banner import banner
+from server.catalogue.cli import audit_app, key_app, tenant_app
 from server.engine import Engine
 from server.precision import choose_precision
-from server.settings import Settings
+from server.settings import Settings, is_option, problems
 
 log = logging.getLogger(__name__)
 app = typer.Typer(
@@ -94,9 +95,7 @@ def serve(**options: Any) -> None:
     try:
         run_server(Settings(**given))
     except ValidationError as error:
-        for problem in error.errors():
-            where = ".".join(map(str, problem["loc"])) or "settings"
-            typer.echo(f"{where}: {problem['msg'].removeprefix('Value error, ')}", err=True)
+        typer.echo("\n".join(problems(error)), err=True)
         sys.exit(2)
     except MolexError as error:
         typer.echo(str(error), err=True)
@@ -126,7 +125,7 @@ def _plain_type(annotation: Any) -> Any:
 
 def _with_settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give the command one option for each setting, so that settings are spelled in one place."""
-    options = [_option(name, field) for name, field in Settings.model_fields.items()]
+    options = [_option(name, field) for name, field in Settings.model_fields.items() if is_option(field)]
     command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     return command
 
@@ -167,3 +166,6 @@ app.command()(train)
 app.command()(evaluate)
 app.command("convert")(convert_checkpoint)
 app.command("merge")(merge_adapter)
+app.add_typer(tenant_app, name="tenant")
+app.add_typer(key_app, name="key")
+app.add_typer(audit_app, name="audit")

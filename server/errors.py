@@ -15,18 +15,28 @@ class ErrorKind(Enum):
     WRONG_TASK = (400, "invalid_request_error", "wrong_task")
     ALREADY_LOADED = (400, "invalid_request_error", "already_loaded")
     BAD_ADAPTER = (400, "invalid_request_error", "invalid_adapter")
+    NO_KEY = (401, "authentication_error", "missing_api_key")
+    BAD_KEY = (401, "authentication_error", "invalid_api_key")
+    MISSING_SCOPE = (403, "permission_error", "missing_scope")
+    FORBIDDEN_ADAPTER = (403, "permission_error", "forbidden_adapter")
     FORBIDDEN_SOURCE = (403, "permission_error", "forbidden_source")
     NOT_FOUND = (404, "not_found_error", "not_found")
     MODEL_NOT_FOUND = (404, "not_found_error", "model_not_found")
     ADAPTER_NOT_FOUND = (404, "not_found_error", "adapter_not_found")
+    TENANT_NOT_FOUND = (404, "not_found_error", "tenant_not_found")
+    KEY_NOT_FOUND = (404, "not_found_error", "key_not_found")
     METHOD_NOT_ALLOWED = (405, "invalid_request_error", "method_not_allowed")
     NAME_TAKEN = (409, "conflict_error", "name_taken")
     TOO_MANY_ADAPTERS = (409, "conflict_error", "too_many_adapters")
+    TOO_MANY_KEYS = (409, "conflict_error", "too_many_keys")
+    ADAPTER_QUOTA = (409, "conflict_error", "adapter_quota_exceeded")
     TOO_LARGE = (413, "invalid_request_error", "request_too_large")
     OVERLOADED = (429, "overloaded_error", "queue_full")
+    QUOTA = (429, "rate_limit_error", "quota_exceeded")
     CLIENT_GONE = (499, "invalid_request_error", "client_closed_request")
     INTERNAL = (500, "server_error", "internal_error")
     STOPPING = (503, "server_error", "shutting_down")
+    CATALOGUE_DOWN = (503, "server_error", "catalogue_unavailable")
 
     def __init__(self, status: int, error_type: str, code: str) -> None:
         self.status = status
@@ -53,7 +63,10 @@ class ServiceError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        if self.kind.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return headers
 
     def body(self) -> dict[str, Any]:
         """The body of the answer, in the shape that OpenAI clients parse."""
