@@ -15,13 +15,15 @@ from molex.adapter import Adapter
 from molex.adapter_file import read_adapter
 from molex.errors import AdapterError
 from molex.model import MolexModel
-from server.errors import ErrorKind, ServiceError
+from server.catalogue.records import Quota
+from server.errors import ErrorKind, ServiceError, adapter_not_found
 from server.metrics import Metrics
-from server.settings import NAME_PATTERN
+from server.settings import FULL_NAME_PATTERN
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 UNKNOWN_BASE = "unknown"
+UNLIMITED = Quota()
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +33,18 @@ class ServedAdapter:
     """An adapter under the name that requests call it by."""
 
     name: str
+    """`TENANT/NAME`, or `NAME` alone where the operator shares it."""
     base: str
     adapter: Adapter
     source: str
     """Where it was loaded from, as the caller wrote it."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Seconds since the epoch."""
+
+
+def tenant_of(name: str) -> str:
+    """The tenant in the name of an adapter; empty where the operator shares it."""
+    return name.rpartition("/")[0]
 
 
 class AdapterStore:
@@ -65,8 +73,7 @@ class AdapterStore:
         """Raises ServiceError (404) for an unknown name."""
         served = self._served.get(name)
         if served is None:
-            message = f"no adapter is named {name!r}"
-            raise ServiceError(ErrorKind.ADAPTER_NOT_FOUND, message, param="name")
+            raise adapter_not_found(name)
         return served
 
     def __contains__(self, name: str) -> bool:
@@ -83,12 +90,23 @@ class AdapterStore:
         """What the weights of all adapters of a base take in memory."""
         return sum(served.adapter.nbytes for served in self._served.copy().values() if served.base == base)
 
-    def load_for_caller(self, name: str, source: str, base: str | None) -> tuple[ServedAdapter, bool]:
-        """Load an adapter that an HTTP caller names by its folder under the adapter root."""
-        return self.load(name, self._resolve(source), base, source=source)
+    def load_for_caller(
+        self, name: str, source: str, base: str | None, quota: Quota = UNLIMITED
+    ) -> tuple[ServedAdapter, bool]:
+        """Load an adapter that an HTTP caller names by its folder under the adapter root.
+
+        A tenant has a root of its own, the folder in there that bears its name.
+        """
+        return self.load(name, self._resolve(source, tenant_of(name)), base, source=source, quota=quota)
 
     def load(
-        self, name: str, folder: Path, base: str | None = None, *, source: str | None = None
+        self,
+        name: str,
+        folder: Path,
+        base: str | None = None,
+        *,
+        source: str | None = None,
+        quota: Quota = UNLIMITED,
     ) -> tuple[ServedAdapter, bool]:
         """Read a folder and serve it as `name`; returns it, and whether the name is new.
 
@@ -99,7 +117,7 @@ class AdapterStore:
             self._check_name(name, base)
             fitting, adapter = self._read(folder, base)
             served = ServedAdapter(name, fitting, adapter, source or folder.name)
-            created = self._swap_in(served)
+            created = self._swap_in(served, quota)
         except ServiceError as error:
             label = base if base is not None and base in self._models else UNKNOWN_BASE
             self._metrics.adapter_load(label, "refused")
@@ -131,7 +149,7 @@ class AdapterStore:
         return refused
 
     def _check_name(self, name: str, base: str | None) -> None:
-        if not re.fullmatch(NAME_PATTERN, name):
+        if not re.fullmatch(FULL_NAME_PATTERN, name):
             message = f"{name!r} is no adapter name: use letters, digits, '.', '_' and '-'"
             raise ServiceError(ErrorKind.INVALID_REQUEST, message, param="name")
         if name in self._models:
@@ -141,8 +159,9 @@ class AdapterStore:
             message = f"no base is named {base!r}; there are {', '.join(self._models)}"
             raise ServiceError(ErrorKind.INVALID_REQUEST, message, param="base")
 
-    def _swap_in(self, served: ServedAdapter) -> bool:
+    def _swap_in(self, served: ServedAdapter, quota: Quota) -> bool:
         with self._lock:
+            self._check_quota(served, quota)
             created = served.name not in self._served
             if created and len(self._served) >= self._capacity:
                 message = f"{self._capacity} adapters are loaded, which is the limit"
@@ -150,15 +169,32 @@ class AdapterStore:
             self._served[served.name] = served
         return created
 
-    def _resolve(self, source: str) -> Path:
-        """The folder that a caller means. Neither it nor its files may lie outside the root."""
+    def _check_quota(self, served: ServedAdapter, quota: Quota) -> None:
+        """Whether the tenant has room for an adapter beside its others; waiting would not make any."""
+        tenant = tenant_of(served.name)
+        others = [
+            other
+            for other in self._served.values()
+            if tenant_of(other.name) == tenant and other.name != served.name
+        ]
+        if quota.adapters is not None and len(others) >= quota.adapters:
+            message = f"{tenant} has {len(others)} adapters, which is its limit"
+            raise ServiceError(ErrorKind.ADAPTER_QUOTA, message)
+        size = served.adapter.nbytes + sum(other.adapter.nbytes for other in others)
+        if quota.adapter_bytes is not None and size > quota.adapter_bytes:
+            message = f"the adapters of {tenant} would take {size} bytes; its limit is {quota.adapter_bytes}"
+            raise ServiceError(ErrorKind.ADAPTER_QUOTA, message)
+
+    def _resolve(self, source: str, tenant: str) -> Path:
+        """The folder that a caller means. Neither it nor its files may lie outside the tenant's root."""
         if self._root is None:
             message = "loading over HTTP is off: start the server with --adapters or --adapter-root"
             raise ServiceError(ErrorKind.FORBIDDEN_SOURCE, message)
-        folder = self._root / source
+        root = self._root / tenant
+        folder = root / source
         try:
             parts = [path.resolve() for path in (folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE)]
-            inside = all(part.is_relative_to(self._root) for part in parts)
+            inside = all(part.is_relative_to(root) for part in parts)
             exists = inside and parts[0].is_dir()
         except (OSError, RuntimeError, ValueError):
             inside, exists = True, False

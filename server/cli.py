@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from socket import socket
 from types import FrameType, NoneType
 from typing import Annotated, Any, get_args
 
@@ -25,9 +26,12 @@ from molex.merge import merge
 from molex.train.cli import evaluate, train
 from server import logs
 from server.app import create_app
+from server.auth.access import Access
 from server.banner import banner
-from server.catalogue.cli import audit_app, key_app, tenant_app
+from server.catalogue.database import migrate
+from server.catalogue_cli import audit_app, key_app, tenant_app
 from server.engine import Engine
+from server.errors import ServiceError
 from server.precision import choose_precision
 from server.settings import Settings, is_option, problems
 
@@ -44,11 +48,11 @@ app = typer.Typer(
 class Server(uvicorn.Server):
     """uvicorn, which tells when it is up, and stops being ready as soon as it is told to stop."""
 
-    def __init__(self, engine: Engine, refused: Mapping[str, str]) -> None:
+    def __init__(self, engine: Engine, access: Access, refused: Mapping[str, str]) -> None:
         settings = engine.settings
         super().__init__(
             uvicorn.Config(
-                create_app(engine),
+                create_app(engine, access),
                 host=settings.host,
                 port=settings.port,
                 log_config=None,
@@ -58,16 +62,26 @@ class Server(uvicorn.Server):
             )
         )
         self._engine = engine
+        self._access = access
         self._refused = refused
+
+    async def serve(self, sockets: list[socket] | None = None) -> None:
+        settings = self._engine.settings
+        if settings.admin_port is not None:
+            second = uvicorn.Config(self.config.app, host=settings.admin_host, port=settings.admin_port)
+            sockets = [self.config.bind_socket(), second.bind_socket()]
+            self._access.admin_port = sockets[1].getsockname()[1]
+        await super().serve(sockets)
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            settings = self._engine.settings
             port = self.servers[0].sockets[0].getsockname()[1]
-            host = self.config.host
-            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            url = _url(settings.host, port)
+            admin_url = _url(settings.admin_host, self._access.admin_port) if len(self.servers) > 1 else url
             Console(highlight=False, markup=False, soft_wrap=True).print(
-                banner(self._engine, url, self._refused)
+                banner(self._engine, url, admin_url, self._refused)
             )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -75,9 +89,15 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def _url(host: str, port: int | None) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def run_server(settings: Settings) -> None:
     """Load everything, then serve until SIGTERM or SIGINT."""
     logs.configure(settings)
+    if settings.catalogue:
+        migrate(settings.catalogue[0])
     keep_freed_memory()
     keep_compiled_kernels()
     names = ", ".join(settings.bases)
@@ -86,7 +106,7 @@ def run_server(settings: Settings) -> None:
     refused = engine.adapters.load_folder(settings.adapters) if settings.adapters else {}
     # uvicorn has shut down in order by then and only passes Ctrl-C on.
     with suppress(KeyboardInterrupt):
-        asyncio.run(Server(engine, refused).serve())
+        asyncio.run(Server(engine, Access.load(settings), refused).serve())
 
 
 def serve(**options: Any) -> None:
@@ -97,7 +117,7 @@ def serve(**options: Any) -> None:
     except ValidationError as error:
         typer.echo("\n".join(problems(error)), err=True)
         sys.exit(2)
-    except MolexError as error:
+    except (MolexError, ServiceError) as error:
         typer.echo(str(error), err=True)
         sys.exit(1)
 

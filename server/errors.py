@@ -84,6 +84,16 @@ def internal_error() -> ServiceError:
     return ServiceError(ErrorKind.INTERNAL, "internal error; the server's log has the details")
 
 
+def adapter_not_found(name: str) -> ServiceError:
+    """One answer for an adapter that is missing and for one of another tenant."""
+    return ServiceError(ErrorKind.ADAPTER_NOT_FOUND, f"no adapter is named {name!r}", param="name")
+
+
+def model_not_found(name: str) -> ServiceError:
+    message = f"no base or adapter is named {name!r}; GET /v1/models lists them"
+    return ServiceError(ErrorKind.MODEL_NOT_FOUND, message, param="model")
+
+
 def stopping_error() -> ServiceError:
     return ServiceError(ErrorKind.STOPPING, "the server is shutting down", retry_after=5)
 

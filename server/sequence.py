@@ -76,6 +76,7 @@ class Sequence:
     base: str
     adapter: Adapter
     token_ids: list[int]
+    tenant: str | None = None
     sampling: SamplingParams | None = None
     token_type_ids: list[int] | None = None
     index: int = 0

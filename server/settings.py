@@ -19,6 +19,8 @@ from server.catalogue.url import parse_url
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 """Names of bases and adapters: safe in a URL, a file name and a metric label."""
+FULL_NAME_PATTERN = r"^([a-z0-9][a-z0-9._-]{0,62}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+"""Names of adapters, with or without their tenant."""
 
 
 class CatalogueSettings(BaseSettings):

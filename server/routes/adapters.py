@@ -9,13 +9,17 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
 from server.adapters import ServedAdapter
-from server.deps import DIGEST_HEADER, EngineDep
-from server.errors import ErrorKind, ServiceError
+from server.auth.access import Access
+from server.auth.caller import Caller
+from server.deps import DIGEST_HEADER, AccessDep, EngineDep, find_adapter, visible
+from server.engine import Engine
+from server.errors import ErrorKind, ServiceError, adapter_not_found
+from server.routes.access import ReadAdapters, WriteAdapters
 from server.schemas import LoadLoraRequest, PutAdapterRequest, UnloadLoraRequest
-from server.settings import NAME_PATTERN
+from server.settings import FULL_NAME_PATTERN
 
 router = APIRouter(tags=["adapters"])
-Name = Annotated[str, Path(pattern=NAME_PATTERN)]
+Name = Annotated[str, Path(pattern=FULL_NAME_PATTERN)]
 
 
 class AdapterCard(BaseModel):
@@ -41,52 +45,82 @@ class AdapterList(BaseModel):
 
 
 @router.get("/v1/adapters")
-async def list_adapters(engine: EngineDep) -> AdapterList:
-    return AdapterList(data=[_card(served) for served in engine.adapters.all()])
+async def list_adapters(engine: EngineDep, caller: ReadAdapters) -> AdapterList:
+    return AdapterList(data=[_card(served) for served in visible(engine, caller)])
 
 
-@router.get("/v1/adapters/{name}")
-async def get_adapter(name: Name, engine: EngineDep) -> AdapterCard:
-    return _card(engine.adapters.get(name))
+@router.get("/v1/adapters/{name:path}")
+async def get_adapter(name: Name, engine: EngineDep, caller: ReadAdapters) -> AdapterCard:
+    served = find_adapter(engine, caller, name)
+    if served is None:
+        raise adapter_not_found(name)
+    return _card(served)
 
 
-@router.put("/v1/adapters/{name}", responses={201: {"model": AdapterCard}})
+@router.put("/v1/adapters/{name:path}", responses={201: {"model": AdapterCard}})
 async def put_adapter(
-    name: Name, body: PutAdapterRequest, engine: EngineDep, response: Response
+    name: Name,
+    body: PutAdapterRequest,
+    engine: EngineDep,
+    access: AccessDep,
+    caller: WriteAdapters,
+    response: Response,
 ) -> AdapterCard:
     """Load an adapter, or replace the one of this name: 201 or 200.
 
     Requests in flight finish on the weights they started with.
     """
-    served, created = await engine.in_pool(engine.adapters.load_for_caller, name, body.source, body.base)
+    served, created = await _load(engine, access, caller, name, body.source, body.base)
     response.status_code = 201 if created else 200
     response.headers[DIGEST_HEADER] = served.adapter.digest
     return _card(served)
 
 
-@router.delete("/v1/adapters/{name}", status_code=204)
-async def delete_adapter(name: Name, engine: EngineDep) -> None:
+@router.delete("/v1/adapters/{name:path}", status_code=204)
+async def delete_adapter(name: Name, engine: EngineDep, access: AccessDep, caller: WriteAdapters) -> None:
     """Stop serving an adapter; requests in flight finish."""
-    engine.adapters.remove(name)
+    await _remove(engine, access, caller, name)
 
 
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
-async def load_lora_adapter(body: LoadLoraRequest, engine: EngineDep) -> str:
+async def load_lora_adapter(
+    body: LoadLoraRequest, engine: EngineDep, access: AccessDep, caller: WriteAdapters
+) -> str:
     """vLLM's verb: a name that is taken is replaced only with `load_inplace`."""
-    if body.lora_name in engine.adapters and not body.load_inplace:
+    if caller.own_name(body.lora_name) in engine.adapters and not body.load_inplace:
         message = f"the adapter {body.lora_name!r} is already loaded; set load_inplace to replace it"
         raise ServiceError(ErrorKind.ALREADY_LOADED, message, param="lora_name")
-    await engine.in_pool(
-        engine.adapters.load_for_caller, body.lora_name, body.lora_path, body.base_model_name
-    )
+    await _load(engine, access, caller, body.lora_name, body.lora_path, body.base_model_name)
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
 @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
-async def unload_lora_adapter(body: UnloadLoraRequest, engine: EngineDep) -> str:
+async def unload_lora_adapter(
+    body: UnloadLoraRequest, engine: EngineDep, access: AccessDep, caller: WriteAdapters
+) -> str:
     """vLLM's verb."""
-    engine.adapters.remove(body.lora_name)
+    await _remove(engine, access, caller, body.lora_name)
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+
+
+async def _load(
+    engine: Engine, access: Access, caller: Caller, name: str, source: str, base: str | None
+) -> tuple[ServedAdapter, bool]:
+    """Load an adapter of the caller's own; returns it, and whether its name is new."""
+    full_name = caller.own_name(name)
+    load = engine.adapters.load_for_caller
+    served, created = await engine.in_pool(load, full_name, source, base, caller.quota)
+    await access.record(caller, "adapter.load", f"adapter:{full_name}", digest=served.adapter.digest)
+    return served, created
+
+
+async def _remove(engine: Engine, access: Access, caller: Caller, name: str) -> None:
+    full_name = caller.own_name(name)
+    if full_name not in engine.adapters and name in engine.adapters:
+        message = f"{name!r} is shared by the operator, who alone removes it"
+        raise ServiceError(ErrorKind.FORBIDDEN_ADAPTER, message, param="name")
+    served = engine.adapters.remove(full_name)
+    await access.record(caller, "adapter.remove", f"adapter:{full_name}", digest=served.adapter.digest)
 
 
 def _card(served: ServedAdapter) -> AdapterCard:

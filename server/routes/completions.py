@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from server.deps import EngineDep, check_count, generator
+from server.routes.access import Infer
 from server.routes.generation import Choice, Generation, Json
 from server.routes.timing import Stopwatch
 from server.schemas import CompletionRequest
@@ -36,11 +37,13 @@ class CompletionShape:
 
 
 @router.post("/v1/completions", response_class=Response)
-async def create_completion(body: CompletionRequest, request: Request, engine: EngineDep) -> Response:
+async def create_completion(
+    body: CompletionRequest, request: Request, engine: EngineDep, caller: Infer
+) -> Response:
     """Continue one or more prompts. With `stream` the answer is a stream of server-sent events."""
     watch = Stopwatch()
     check_count(engine, len(body.prompts), "prompt")
-    target = generator(engine, body.model)
+    target = generator(engine, caller, body.model)
     generation = Generation(body, target, CompletionShape(), watch, engine, request)
     limit = body.max_tokens or DEFAULT_MAX_TOKENS
     prompts = await engine.in_pool(_encode, target.base.tokenization, body.prompts, limit)

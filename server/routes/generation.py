@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from molex.routing import flat_route
 from molex.sampling import SamplingParams
-from server.deps import Target, unless_disconnected
+from server.deps import Target, spend_tokens, unless_disconnected
 from server.engine import Engine, Submission
 from server.errors import ServiceError
 from server.routes.timing import Stopwatch
@@ -80,10 +80,12 @@ class Generation:
     async def respond(self, prompts: Seq[Prompt], logprobs: int | None, limit: int) -> Response:
         """Generate at most `limit` tokens after each prompt."""
         self.watch.tokenization_done()
+        await spend_tokens(self.request, self.target.caller, prompts, limit)
         self.sequences = [
             Sequence(
                 base=self.target.base.name,
                 adapter=self.target.adapter,
+                tenant=self.target.caller.tenant,
                 token_ids=prompt.token_ids,
                 sampling=sampling_params(self.body, limit, logprobs),
                 index=index,

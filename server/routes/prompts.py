@@ -8,7 +8,7 @@ from typing import Self
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from server.deps import Target, check_count, unless_disconnected
+from server.deps import Target, check_count, spend_tokens, unless_disconnected
 from server.engine import Engine
 from server.routes.timing import Stopwatch
 from server.sequence import Sequence, Timings
@@ -46,10 +46,12 @@ async def run_prompts(
     check_count(engine, len(inputs), param)
     prompts = await engine.in_pool(target.base.tokenization.encode, inputs, param, truncate=truncate)
     watch.tokenization_done()
+    await spend_tokens(request, target.caller, prompts)
     sequences = [
         Sequence(
             base=target.base.name,
             adapter=target.adapter,
+            tenant=target.caller.tenant,
             token_ids=prompt.token_ids,
             token_type_ids=prompt.token_type_ids,
             index=index,

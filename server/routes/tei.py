@@ -16,9 +16,11 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from server.deps import EngineDep, Target, classifier, encoder, find_target
+from server.auth.caller import Caller
+from server.deps import EngineDep, Target, classifier, encoder, find_target, visible
 from server.engine import Engine
 from server.errors import ErrorKind, ServiceError
+from server.routes.access import OPEN, Infer
 from server.routes.embeddings import normalized
 from server.routes.errors import describe
 from server.routes.prompts import run_prompts
@@ -78,21 +80,21 @@ class Info(BaseModel):
 
 
 # One declaration for both places of the name: in the path where the path has it, else in the query.
-def _classifier(engine: EngineDep, model: ModelName | None = None) -> Target:
-    return classifier(engine, model or _only(_classifiers(engine)))
+def _classifier(engine: EngineDep, caller: Infer, model: ModelName | None = None) -> Target:
+    return classifier(engine, caller, model or _only(_classifiers(engine, caller)))
 
 
-def _encoder(engine: EngineDep, model: ModelName | None = None) -> Target:
-    return encoder(engine, model or _only(_encoders(engine)))
+def _encoder(engine: EngineDep, caller: Infer, model: ModelName | None = None) -> Target:
+    return encoder(engine, caller, model or _only(_encoders(engine)))
 
 
-def _either(engine: EngineDep, model: ModelName | None = None) -> Target:
-    target = find_target(engine, model or _only(_classifiers(engine) or _encoders(engine)))
-    return target if target.adapter.head is not None else encoder(engine, target.name)
+def _either(engine: EngineDep, caller: Infer, model: ModelName | None = None) -> Target:
+    target = find_target(engine, caller, model or _only(_classifiers(engine, caller) or _encoders(engine)))
+    return target if target.adapter.head is not None else encoder(engine, caller, target.name)
 
 
 @router.post("/predict")
-@router.post("/tei/{model}/predict")
+@router.post("/tei/{model:path}/predict")
 async def predict(
     body: TeiPredictRequest,
     request: Request,
@@ -110,7 +112,7 @@ async def predict(
 
 
 @router.post("/embed")
-@router.post("/tei/{model}/embed")
+@router.post("/tei/{model:path}/embed")
 async def embed(
     body: TeiEmbedRequest,
     request: Request,
@@ -128,7 +130,7 @@ async def embed(
 
 
 @router.get("/info")
-@router.get("/tei/{model}/info")
+@router.get("/tei/{model:path}/info")
 async def info(engine: EngineDep, target: Annotated[Target, Depends(_either)]) -> Info:
     """The model and its limits."""
     settings = engine.settings
@@ -146,8 +148,8 @@ async def info(engine: EngineDep, target: Annotated[Target, Depends(_either)]) -
     )
 
 
-@router.get("/health", response_class=Response)
-@router.get("/tei/{model}/health", response_class=Response)
+@router.get("/health", response_class=Response, dependencies=[OPEN])
+@router.get("/tei/{model:path}/health", response_class=Response, dependencies=[OPEN])
 async def health(engine: EngineDep) -> Response:
     """200 while new requests are welcome."""
     if not engine.ready:
@@ -155,8 +157,8 @@ async def health(engine: EngineDep) -> Response:
     return Response()
 
 
-def _classifiers(engine: Engine) -> list[str]:
-    return [served.name for served in engine.adapters.all() if served.adapter.head is not None]
+def _classifiers(engine: Engine, caller: Caller) -> list[str]:
+    return [served.name for served in visible(engine, caller) if served.adapter.head is not None]
 
 
 def _encoders(engine: Engine) -> list[str]:

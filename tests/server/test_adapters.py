@@ -116,7 +116,9 @@ def test_an_adapter_for_generation_needs_a_decoder(store, models, tmp_path):
     assert "task_type" in error.message
 
 
-@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "a b", "x" * 129, "é", "a\n"])
+@pytest.mark.parametrize(
+    "name", ["", ".hidden", "A/b", "a/b/c", "a/", "/b", "../b", "..", "a b", "x" * 129, "é", "a\n"]
+)
 def test_names_that_are_unsafe_in_paths_or_logs_are_refused(store, root, name):
     assert refusal(store.load, name, root / "topic").param == "name"
 

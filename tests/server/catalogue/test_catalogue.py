@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from server.catalogue.catalogue import Catalogue
 from server.catalogue.records import Quota, Scope
 from server.errors import ErrorKind, ServiceError
-from tests.server.catalogue.conftest import PEPPER
+from tests.server.conftest import PEPPER
 
 INFER = frozenset({Scope.INFER})
 

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from server.catalogue.tokens import key_id_of
 from server.cli import app
-from tests.server.catalogue.conftest import PEPPER
+from tests.server.conftest import PEPPER
 
 
 @pytest.fixture
