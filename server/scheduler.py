@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from server.errors import ErrorKind, ServiceError
+from server.fair_queue import FairQueue
 
 
 class Schedulable(Protocol):
@@ -15,6 +16,8 @@ class Schedulable(Protocol):
 
     @property
     def base(self) -> str: ...
+    @property
+    def tenant(self) -> str | None: ...
     @property
     def num_new_tokens(self) -> int:
         """Tokens that its next step feeds to the model: the whole prompt first, then one at a time."""
@@ -45,10 +48,10 @@ class Batch(Generic[S]):
 
 
 class BaseQueue(Generic[S]):
-    """The waiting and the running sequences of one base, oldest first."""
+    """The waiting sequences of one base, in turns of their tenants, and the running ones, oldest first."""
 
     def __init__(self) -> None:
-        self.waiting: deque[S] = deque()
+        self.waiting: FairQueue[S] = FairQueue()
         self.running: list[S] = []
 
     @property
@@ -56,24 +59,24 @@ class BaseQueue(Generic[S]):
         return bool(self.waiting or self.running)
 
     def take_prompts(self, budget: int, free_slots: int) -> list[S]:
-        """Remove and return the waiting prompts that fit, oldest first.
+        """Remove and return the waiting prompts that fit, in their order.
 
-        The oldest is always taken, so that a prompt longer than the budget runs too, as the only prompt
+        The first is always taken, so that a prompt longer than the budget runs too, as the only prompt
         of its step. Prompts that wait for a generation slot do not hold up those that need none.
         """
         taken: list[S] = []
         passed: list[S] = []
         while self.waiting:
-            sequence = self.waiting[0]
+            sequence = self.waiting.peek()
             if sequence.needs_slot and free_slots == 0:
-                passed.append(self.waiting.popleft())
+                passed.append(self.waiting.pop())
                 continue
             if taken and sequence.num_new_tokens > budget:
                 break
-            taken.append(self.waiting.popleft())
+            taken.append(self.waiting.pop())
             budget -= sequence.num_new_tokens
             free_slots -= sequence.needs_slot
-        self.waiting.extendleft(reversed(passed))
+        self.waiting.put_back(passed)
         return taken
 
 
@@ -81,7 +84,8 @@ class Scheduler(Generic[S]):
     """Continuous batching under a token budget, round robin over the bases that have work.
 
     Every step of a base takes all its decoding sequences, one token each, and fills the rest of
-    the budget with prompts: decoding never stalls, and a prompt waits only for older prompts.
+    the budget with prompts: decoding never stalls, and a prompt waits only for older prompts of its tenant
+    and for the turns of other tenants.
     """
 
     def __init__(
@@ -102,10 +106,11 @@ class Scheduler(Generic[S]):
     def add(self, sequences: Sequence[S]) -> None:
         """Queue the sequences of one request, all of them or, where the queue is full, none.
 
-        Raises ServiceError (429, to be retried).
+        A tenant fills a queue of its own, so that its flood refuses nobody else. Raises ServiceError (429,
+        to be retried).
         """
         queue = self._queues[sequences[0].base]
-        if len(queue.waiting) + len(sequences) > self._max_queue:
+        if queue.waiting.count(sequences[0].tenant) + len(sequences) > self._max_queue:
             message = f"the queue of {sequences[0].base} is full ({self._max_queue} sequences)"
             raise ServiceError(ErrorKind.OVERLOADED, message, retry_after=1)
         queue.waiting.extend(sequences)
@@ -115,7 +120,7 @@ class Scheduler(Generic[S]):
         dropped: list[S] = []
         for queue in self._queues.values():
             if any(sequence.cancelled for sequence in queue.waiting):
-                queue.waiting = deque(s for s in queue.waiting if not s.cancelled)
+                queue.waiting.keep(lambda sequence: not sequence.cancelled)
             dropped += [sequence for sequence in queue.running if sequence.cancelled]
             queue.running = [sequence for sequence in queue.running if not sequence.cancelled]
         return dropped
@@ -125,7 +130,8 @@ class Scheduler(Generic[S]):
         dropped: list[S] = []
         for queue in self._queues.values():
             dropped += [*queue.running, *queue.waiting]
-            queue.running, queue.waiting = [], deque()
+            queue.running = []
+            queue.waiting.clear()
         return dropped
 
     def schedule(self) -> Batch[S] | None:

@@ -19,6 +19,7 @@ class Work:
     length: int
     outputs: int = 0
     base: str = "a"
+    tenant: str | None = None
     done: int = 0
     cancelled: bool = False
 
@@ -127,7 +128,43 @@ def test_drop_all_returns_everything():
     assert target.schedule() is None
 
 
-work = st.builds(Work, st.integers(1, 15), st.integers(0, 4), st.sampled_from("ab"), cancelled=st.booleans())
+def test_a_flood_of_one_tenant_does_not_hold_up_another():
+    target = scheduler(budget=10, queue=500)
+    target.add([Work(5, tenant="flood") for _ in range(400)])
+    for _ in range(10):
+        step(target)
+    late = Work(5, tenant="late")
+    target.add([late])
+    assert late in step(target)
+
+
+def test_a_flood_of_one_tenant_refuses_nobody_else():
+    target = scheduler(queue=3)
+    target.add([Work(1, tenant="flood") for _ in range(3)])
+    with pytest.raises(ServiceError):
+        target.add([Work(1, tenant="flood")])
+    target.add([Work(1, tenant="late") for _ in range(3)])
+    assert target.num_waiting("a") == 6
+
+
+def test_generations_wait_for_a_slot_in_turns_of_their_tenants():
+    target = scheduler(slots=1)
+    flood = [Work(1, outputs=1, tenant="flood") for _ in range(5)]
+    target.add(flood)
+    step(target)
+    late = Work(1, outputs=1, tenant="late")
+    target.add([late])
+    assert [step(target) for _ in range(3)] == [[late], [flood[1]], [flood[2]]]
+
+
+work = st.builds(
+    Work,
+    st.integers(1, 15),
+    st.integers(0, 4),
+    st.sampled_from("ab"),
+    st.sampled_from([None, "x", "y"]),
+    cancelled=st.booleans(),
+)
 
 
 @given(st.lists(st.lists(work, max_size=4), max_size=12), st.integers(1, 12), st.integers(1, 3))

@@ -1,0 +1,94 @@
+"""The order in which sequences that wait are served: tenants take turns, measured in tokens."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, Protocol, TypeVar
+
+
+class Queueable(Protocol):
+    """What the queue needs to know of a sequence."""
+
+    @property
+    def tenant(self) -> str | None: ...
+    @property
+    def num_new_tokens(self) -> int: ...
+
+
+Q = TypeVar("Q", bound=Queueable)
+
+
+class FairQueue(Generic[Q]):
+    """Next is the oldest sequence of the tenant that was given the fewest tokens.
+
+    This is the virtual token counter of "Fairness in Serving Large Language Models" (Sheng et al., OSDI
+    2024), for prompts: a tenant that comes back starts level with those that wait, so that nobody saves
+    up, and each that waits gets the same share however much the others ask for. Within a tenant the oldest
+    is first.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str | None, deque[Q]] = {}
+        self._given: dict[str | None, int] = {}
+        """Tokens, on a scale on which only differences between tenants matter."""
+        self._last = 0
+        """What the tenant had that left nobody waiting."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def __iter__(self) -> Iterator[Q]:
+        for sequences in self._waiting.values():
+            yield from sequences
+
+    def count(self, tenant: str | None) -> int:
+        """How many of a tenant's wait."""
+        return len(self._waiting.get(tenant, ()))
+
+    def extend(self, sequences: Iterable[Q]) -> None:
+        for sequence in sequences:
+            self._line(sequence.tenant).append(sequence)
+
+    def peek(self) -> Q:
+        """The next one; there has to be one."""
+        return self._waiting[self._turn()][0]
+
+    def pop(self) -> Q:
+        """Remove and return the next one; its prompt is held against its tenant."""
+        tenant = self._turn()
+        sequence = self._waiting[tenant].popleft()
+        self._given[tenant] += sequence.num_new_tokens
+        if not self._waiting[tenant]:
+            del self._waiting[tenant]
+            self._last = self._given[tenant]
+        return sequence
+
+    def put_back(self, popped: Iterable[Q]) -> None:
+        """Undo `pop` for sequences that did not run, given in the order of their popping."""
+        for sequence in reversed([*popped]):
+            self._line(sequence.tenant).appendleft(sequence)
+            self._given[sequence.tenant] -= sequence.num_new_tokens
+
+    def keep(self, wanted: Callable[[Q], bool]) -> None:
+        """Forget the others."""
+        kept = {tenant: deque(filter(wanted, line)) for tenant, line in self._waiting.items()}
+        self._waiting = {tenant: line for tenant, line in kept.items() if line}
+
+    def clear(self) -> None:
+        self._waiting.clear()
+
+    def _turn(self) -> str | None:
+        """Of tenants that are level, the one with the shorter line: that delays the other by least."""
+        return min(self._waiting, key=lambda tenant: (self._given[tenant], len(self._waiting[tenant])))
+
+    def _line(self, tenant: str | None) -> deque[Q]:
+        """The tenant's sequences that wait. One that had none starts level with the others."""
+        if tenant not in self._waiting:
+            level = min((self._given[other] for other in self._waiting), default=self._last)
+            self._given[tenant] = max(self._given.get(tenant, 0), level)
+            self._waiting[tenant] = deque()
+        return self._waiting[tenant]
