@@ -33,7 +33,7 @@ from server.catalogue_cli import audit_app, key_app, tenant_app
 from server.engine import Engine
 from server.errors import ServiceError
 from server.precision import choose_precision
-from server.settings import Settings, is_option, problems
+from server.settings import Settings, is_option, problems, shown
 
 log = logging.getLogger(__name__)
 app = typer.Typer(
@@ -111,15 +111,25 @@ def run_server(settings: Settings) -> None:
 
 def serve(**options: Any) -> None:
     """Serve base models and their adapters over HTTP."""
-    given = {name: value for name, value in options.items() if value not in (None, [])}
     try:
-        run_server(Settings(**given))
-    except ValidationError as error:
-        typer.echo("\n".join(problems(error)), err=True)
-        sys.exit(2)
+        run_server(_settings(options))
     except (MolexError, ServiceError) as error:
         typer.echo(str(error), err=True)
         sys.exit(1)
+
+
+def show_config(**options: Any) -> None:
+    """Print every setting as `molex serve` would take it from here, without secrets."""
+    typer.echo("\n".join(shown(_settings(options))))
+
+
+def _settings(options: Mapping[str, Any]) -> Settings:
+    """The settings that a command line gives; what is wrong with them ends the program."""
+    try:
+        return Settings(**{name: value for name, value in options.items() if value not in (None, [])})
+    except ValidationError as error:
+        typer.echo("\n".join(problems(error)), err=True)
+        sys.exit(2)
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
@@ -186,6 +196,9 @@ app.command()(train)
 app.command()(evaluate)
 app.command("convert")(convert_checkpoint)
 app.command("merge")(merge_adapter)
+config_app = typer.Typer(help="Settings.", no_args_is_help=True)
+config_app.command("show")(_with_settings_as_options(show_config))
+app.add_typer(config_app, name="config")
 app.add_typer(tenant_app, name="tenant")
 app.add_typer(key_app, name="key")
 app.add_typer(audit_app, name="audit")

@@ -6,6 +6,7 @@ A setting comes from the command line, else from the environment (`MOLEX_PORT=90
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -168,6 +169,16 @@ def is_option(field: FieldInfo) -> bool:
     """Whether a setting may stand on a command line, where others can see it."""
     extra = field.json_schema_extra
     return not (isinstance(extra, dict) and extra.get("environment_only"))
+
+
+def shown(settings: CatalogueSettings) -> Iterator[str]:
+    """Every setting as a line, without secrets: the pepper, and what a database URL has of them."""
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if name == "database" and value is not None:
+            value = parse_url(value).set(query={}).render_as_string(hide_password=True)
+        origin = "" if name in settings.model_fields_set else "  (default)"
+        yield f"{name} = {'' if value is None else value}{origin}"
 
 
 def is_loopback(host: str) -> bool:

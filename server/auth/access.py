@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -49,6 +50,9 @@ class Access:
         """Raises ServiceError (503) where the catalogue cannot be reached."""
         if self._authenticator is not None:
             await self._authenticator.start()
+            now = time.time()
+            if not any(key.state(now) == "live" for key in await self.catalogue.keys()):
+                log.warning("no API key is live: every request is refused until `molex key create` makes one")
             self._watch = asyncio.create_task(self._authenticator.watch())
 
     async def stop(self) -> None:

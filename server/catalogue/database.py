@@ -7,8 +7,12 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from alembic.util.exc import CommandError
 from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from server.errors import ErrorKind, ServiceError
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 BUSY_SECONDS = 10
@@ -25,7 +29,10 @@ def connect(url: URL) -> AsyncEngine:
 
 
 def migrate(url: URL) -> None:
-    """Bring the schema to this version. Processes that start together wait for one another."""
+    """Bring the schema to this version. Processes that start together wait for one another.
+
+    Raises ServiceError where the database cannot be opened or was made by a newer version.
+    """
     engine = create_engine(_sync(url), **_options(url))
     _prepare(engine)
     config = Config()
@@ -35,6 +42,12 @@ def migrate(url: URL) -> None:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
             connection.commit()
+    except DBAPIError as error:
+        message = f"the catalogue cannot be opened: {error.orig}"
+        raise ServiceError(ErrorKind.CATALOGUE_DOWN, message) from error
+    except CommandError as error:
+        message = "the catalogue was made by a newer version of molex-serve"
+        raise ServiceError(ErrorKind.CATALOGUE_DOWN, message) from error
     finally:
         engine.dispose()
 

@@ -11,6 +11,7 @@ from alembic.migration import MigrationContext
 from server.catalogue.database import migrate
 from server.catalogue.tables import METADATA
 from server.catalogue.url import parse_url
+from server.errors import ServiceError
 
 
 def sync_engine(url: sa.URL) -> sa.Engine:
@@ -49,6 +50,20 @@ def test_a_migration_that_fails_leaves_nothing(empty_url, monkeypatch):
         assert sa.inspect(connection).get_table_names() == []
     monkeypatch.undo()
     migrate(empty_url)
+
+
+def test_a_catalogue_that_cannot_be_opened_is_named(tmp_path):
+    with pytest.raises(ServiceError, match="cannot be opened"):
+        migrate(parse_url(f"sqlite:///{tmp_path}/no/such/folder/c.db"))
+    with pytest.raises(ServiceError, match="cannot be opened"):
+        migrate(parse_url("postgresql://u:hunter2@127.0.0.1:1/none"))
+
+
+def test_a_catalogue_of_a_newer_version_is_left_alone(url):
+    with sync_engine(url).begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(ServiceError, match="newer version"):
+        migrate(url)
 
 
 @pytest.mark.parametrize("statement", ["UPDATE audit_entries SET actor = 'x'", "DELETE FROM audit_entries"])
