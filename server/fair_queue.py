@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, Protocol, TypeVar
 
@@ -26,9 +26,15 @@ class FairQueue(Generic[Q]):
     2024), for prompts: a tenant that comes back starts level with those that wait, so that nobody saves
     up, and each that waits gets the same share however much the others ask for. Within a tenant the oldest
     is first.
+
+    Of one step a tenant gets at most `share` tokens, or one prompt that is longer, so that a step which
+    others wait for is short. Sequences of no tenant know no such bound.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, share: int) -> None:
+        self._share = share
+        self._taken: Counter[str | None] = Counter()
+        """Tokens that were taken for this step."""
         self._waiting: dict[str | None, deque[Q]] = {}
         self._given: dict[str | None, int] = {}
         """Tokens, on a scale on which only differences between tenants matter."""
@@ -53,6 +59,15 @@ class FairQueue(Generic[Q]):
         for sequence in sequences:
             self._line(sequence.tenant).append(sequence)
 
+    def begin_step(self) -> None:
+        """Give every tenant its share anew."""
+        self._taken.clear()
+
+    @property
+    def has_next(self) -> bool:
+        """Whether somebody waits whose share of this step is not used up."""
+        return any(map(self._may_take, self._waiting))
+
     def peek(self) -> Q:
         """The next one; there has to be one."""
         return self._waiting[self._turn()][0]
@@ -62,6 +77,7 @@ class FairQueue(Generic[Q]):
         tenant = self._turn()
         sequence = self._waiting[tenant].popleft()
         self._given[tenant] += sequence.num_new_tokens
+        self._taken[tenant] += sequence.num_new_tokens
         if not self._waiting[tenant]:
             del self._waiting[tenant]
             self._last = self._given[tenant]
@@ -72,6 +88,7 @@ class FairQueue(Generic[Q]):
         for sequence in reversed([*popped]):
             self._line(sequence.tenant).appendleft(sequence)
             self._given[sequence.tenant] -= sequence.num_new_tokens
+            self._taken[sequence.tenant] -= sequence.num_new_tokens
 
     def keep(self, wanted: Callable[[Q], bool]) -> None:
         """Forget the others."""
@@ -83,7 +100,12 @@ class FairQueue(Generic[Q]):
 
     def _turn(self) -> str | None:
         """Of tenants that are level, the one with the shorter line: that delays the other by least."""
-        return min(self._waiting, key=lambda tenant: (self._given[tenant], len(self._waiting[tenant])))
+        ready = filter(self._may_take, self._waiting)
+        return min(ready, key=lambda tenant: (self._given[tenant], len(self._waiting[tenant])))
+
+    def _may_take(self, tenant: str | None) -> bool:
+        taken = self._taken[tenant]
+        return tenant is None or not taken or taken + self._waiting[tenant][0].num_new_tokens <= self._share
 
     def _line(self, tenant: str | None) -> deque[Q]:
         """The tenant's sequences that wait. One that had none starts level with the others."""

@@ -50,8 +50,8 @@ class Batch(Generic[S]):
 class BaseQueue(Generic[S]):
     """The waiting sequences of one base, in turns of their tenants, and the running ones, oldest first."""
 
-    def __init__(self) -> None:
-        self.waiting: FairQueue[S] = FairQueue()
+    def __init__(self, tenant_share: int) -> None:
+        self.waiting: FairQueue[S] = FairQueue(tenant_share)
         self.running: list[S] = []
 
     @property
@@ -66,7 +66,8 @@ class BaseQueue(Generic[S]):
         """
         taken: list[S] = []
         passed: list[S] = []
-        while self.waiting:
+        self.waiting.begin_step()
+        while self.waiting.has_next:
             sequence = self.waiting.peek()
             if sequence.needs_slot and free_slots == 0:
                 passed.append(self.waiting.pop())
@@ -89,9 +90,15 @@ class Scheduler(Generic[S]):
     """
 
     def __init__(
-        self, bases: Iterable[str], *, max_batch_tokens: int, max_sequences: int, max_queue: int
+        self,
+        bases: Iterable[str],
+        *,
+        max_batch_tokens: int,
+        max_tenant_tokens: int,
+        max_sequences: int,
+        max_queue: int,
     ) -> None:
-        self._queues: dict[str, BaseQueue[S]] = {base: BaseQueue() for base in bases}
+        self._queues: dict[str, BaseQueue[S]] = {base: BaseQueue(max_tenant_tokens) for base in bases}
         self._turns = deque(self._queues)
         self._max_batch_tokens = max_batch_tokens
         self._max_sequences = max_sequences

@@ -14,9 +14,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
-from sqlalchemy import URL
 
-from server.catalogue.url import parse_url
+from server.catalogue.url import URL, parse_url
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 """Names of bases and adapters: safe in a URL, a file name and a metric label."""
@@ -96,6 +95,14 @@ class Settings(CatalogueSettings):
         None, description="Precision of routed layers alone. Default: that of the others."
     )
     max_batch_tokens: int = Field(2048, ge=1, le=1_048_576, description="Token budget of one forward pass.")
+    max_tenant_tokens: int = Field(
+        128,
+        ge=1,
+        le=1_048_576,
+        description="Tokens of prompts that one tenant may take of a forward pass, or one longer prompt. "
+        "Others wait for the pass that runs: less makes their waits shorter, more makes full batches of "
+        "one tenant faster. Without keys there is no such bound.",
+    )
     max_sequences: int = Field(16, ge=1, le=1024, description="Generations that run at a time, per base.")
     max_queue: int = Field(
         1024,

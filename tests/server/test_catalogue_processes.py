@@ -1,4 +1,4 @@
-"""Servers and commands as processes that share a catalogue."""
+"""Processes that share a catalogue: a server, a writer, and the commands in the process of the tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from contextlib import contextmanager
 import httpx
 import pytest
 import sqlalchemy as sa
+from typer.testing import CliRunner
 
+from server.cli import app
 from tests.server.conftest import PEPPER
 
 COMMAND = [sys.executable, "-c", "from server.cli import app; app()"]
@@ -43,12 +45,12 @@ def environment(url: sa.URL) -> dict[str, str]:
 
 @pytest.fixture
 def molex(environment) -> Callable[..., str]:
-    """Runs a command of another process to its end."""
+    """Runs a command and gives what it prints."""
 
     def run(*arguments: str) -> str:
-        command = [*COMMAND, *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        result = CliRunner().invoke(app, [*arguments], env=environment)
+        assert result.exit_code == 0, result.output
+        return result.stdout.strip()
 
     return run
 
@@ -110,6 +112,5 @@ def test_a_writer_that_is_killed_leaves_a_sound_catalogue(environment, molex, ur
         entries = [json.loads(line) for line in molex("audit", "list").splitlines()]
         assert len(entries) == int(number)
         made = {entry["subject"] for entry in entries if entry["action"] == "key.create"}
-        assert made == {
-            f"key:{json.loads(line)['id']}" for line in molex("key", "list", "--json").splitlines()
-        }
+        listed = [json.loads(line)["id"] for line in molex("key", "list", "--json").splitlines()]
+        assert made == {f"key:{key_id}" for key_id in listed}

@@ -16,7 +16,7 @@ class Item:
 
 
 def queue(*items: Item) -> FairQueue[Item]:
-    made: FairQueue[Item] = FairQueue()
+    made: FairQueue[Item] = FairQueue(share=10**9)
     made.extend(items)
     return made
 

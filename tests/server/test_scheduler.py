@@ -36,8 +36,10 @@ class Work:
         return self.done > 0 and self.done >= self.outputs
 
 
-def scheduler(bases="a", *, budget=10, slots=2, queue=100) -> Scheduler[Work]:
-    return Scheduler(bases, max_batch_tokens=budget, max_sequences=slots, max_queue=queue)
+def scheduler(bases="a", *, budget=10, share=1000, slots=2, queue=100) -> Scheduler[Work]:
+    return Scheduler(
+        bases, max_batch_tokens=budget, max_tenant_tokens=share, max_sequences=slots, max_queue=queue
+    )
 
 
 def step(target: Scheduler[Work]) -> list[Work]:
@@ -136,6 +138,17 @@ def test_a_flood_of_one_tenant_does_not_hold_up_another():
     late = Work(5, tenant="late")
     target.add([late])
     assert late in step(target)
+
+
+def test_a_tenant_takes_its_share_of_a_step_and_no_more():
+    target = scheduler(budget=100, share=10)
+    target.add([Work(4, tenant="x") for _ in range(5)])
+    target.add([Work(50, tenant="y")])
+    target.add([Work(4) for _ in range(5)])
+    assert [work.tenant for work in step(target)].count("x") == 2
+    assert [(work.tenant, work.length) for work in step(target)] == [("x", 4), ("x", 4)]
+    assert [(work.tenant, work.length) for work in step(target)] == [("x", 4)]
+    assert target.schedule() is None
 
 
 def test_a_flood_of_one_tenant_refuses_nobody_else():
