@@ -152,8 +152,9 @@ class AdapterStore:
         if not re.fullmatch(FULL_NAME_PATTERN, name):
             message = f"{name!r} is no adapter name: use letters, digits, '.', '_' and '-'"
             raise ServiceError(ErrorKind.INVALID_REQUEST, message, param="name")
-        if name in self._models:
-            message = f"{name!r} is the name of a base"
+        # A tenant's own callers leave the tenant out of the name.
+        if (short := name.rpartition("/")[2]) in self._models:
+            message = f"{short!r} is the name of a base"
             raise ServiceError(ErrorKind.NAME_TAKEN, message, param="name")
         if base is not None and base not in self._models:
             message = f"no base is named {base!r}; there are {', '.join(self._models)}"

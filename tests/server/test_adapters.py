@@ -124,7 +124,8 @@ def test_names_that_are_unsafe_in_paths_or_logs_are_refused(store, root, name):
 
 
 def test_the_name_of_a_base_is_taken(store, root):
-    assert refusal(store.load, "enc", root / "topic").kind is ErrorKind.NAME_TAKEN
+    for name in ("enc", "acme/enc"):
+        assert refusal(store.load, name, root / "topic").kind is ErrorKind.NAME_TAKEN
 
 
 def test_an_unknown_base_is_refused(store, root):

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from threading import Event
 from typing import Any
 
 import httpx
@@ -191,6 +192,30 @@ def test_a_limit_counts_from_the_next_request_on(guarded):
     assert int(refused.headers["retry-after"]) > 0
     assert refused.json()["error"]["code"] == "quota_exceeded"
     assert guarded.ask("get", "/v1/models", "infer").status_code == 200
+
+
+def test_a_stream_counts_until_its_end(guarded, monkeypatch):
+    runner = guarded.live.engine.bases["dec"].runner
+    original, go = runner.run, Event()
+
+    def run(sequences):
+        assert all(len(sequence.output_ids) < 2 for sequence in sequences) or go.wait(60)
+        return original(sequences)
+
+    monkeypatch.setattr(runner, "run", run)
+    guarded.ask("put", "/v1/tenants/acme", "admin", json={"concurrency": 1})
+    body = {"model": "dec", "prompt": "w1", "max_tokens": 9, "ignore_eos": True, "stream": True}
+    headers = {"authorization": f"Bearer {guarded.tokens['infer']}"}
+    with httpx.stream("POST", f"{guarded.live.url}/v1/completions", json=body, headers=headers) as stream:
+        lines = stream.iter_lines()
+        assert next(lines).startswith("data: {")
+        refused = guarded.ask("get", "/v1/models", "infer")
+        go.set()
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    later = (guarded.ask("get", "/v1/models", "infer").status_code for _ in range(1000))
+    assert 200 in later
+    guarded.ask("put", "/v1/tenants/acme", "admin", json={"concurrency": None})
 
 
 def test_tokens_are_counted_with_those_that_may_be_generated(guarded):
