@@ -14,6 +14,7 @@ from typing import Any
 
 from server.adapters import AdapterStore
 from server.app import create_app
+from server.auth.access import Access
 from server.engine import Engine
 from server.metrics import Metrics
 from server.settings import Settings
@@ -33,7 +34,7 @@ def document() -> Schema:
     settings = Settings.model_validate({"bases": {"base": "folder"}})
     metrics = Metrics()
     adapters = AdapterStore({}, settings, metrics)
-    return create_app(Engine(settings, {}, adapters, metrics)).openapi()
+    return create_app(Engine(settings, {}, adapters, metrics), Access()).openapi()
 
 
 def render(openapi: Schema) -> str:

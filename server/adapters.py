@@ -16,13 +16,15 @@ from molex.adapter_file import CONFIG_NAME
 from molex.config import AdapterConfig
 from molex.errors import AdapterError
 from molex.model import MolexModel
-from server.errors import ErrorKind, ServiceError
+from server.catalogue.records import Quota
+from server.errors import ErrorKind, ServiceError, adapter_not_found
 from server.metrics import Metrics
 from server.residents import Residents
-from server.settings import NAME_PATTERN, Settings
+from server.settings import FULL_NAME_PATTERN, Settings
 from server.sources import Sources
 
 UNKNOWN_BASE = "unknown"
+UNLIMITED = Quota()
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ class ServedAdapter:
     """An adapter under the name that requests call it by: all but its weights, which may not be in memory."""
 
     name: str
+    """`TENANT/NAME`, or `NAME` alone where the operator shares it."""
     base: str
     folder: Path
     source: str
@@ -49,6 +52,11 @@ class ServedAdapter:
     @property
     def classifies(self) -> bool:
         return self.config.task_type == "SEQ_CLS"
+
+
+def tenant_of(name: str) -> str:
+    """The tenant in the name of an adapter; empty where the operator shares it."""
+    return name.rpartition("/")[0]
 
 
 class AdapterStore:
@@ -79,8 +87,7 @@ class AdapterStore:
         """Raises ServiceError (404) for an unknown name."""
         served = self._served.get(name)
         if served is None:
-            message = f"no adapter is named {name!r}"
-            raise ServiceError(ErrorKind.ADAPTER_NOT_FOUND, message, param="name")
+            raise adapter_not_found(name)
         return served
 
     def __contains__(self, name: str) -> bool:
@@ -114,10 +121,14 @@ class AdapterStore:
             return self._residents.get(served)
 
     def load_for_caller(
-        self, name: str, source: str, base: str | None, *, pinned: bool = False
+        self, name: str, source: str, base: str | None, quota: Quota = UNLIMITED, *, pinned: bool = False
     ) -> tuple[ServedAdapter, bool]:
-        """Load an adapter that an HTTP caller names by its folder under the adapter root."""
-        return self.load(name, self._sources.resolve(source), base, source=source, pinned=pinned)
+        """Load an adapter that an HTTP caller names by its folder under the adapter root.
+
+        A tenant has a root of its own, the folder in there that bears its name.
+        """
+        folder = self._sources.resolve(source, tenant_of(name))
+        return self.load(name, folder, base, source=source, quota=quota, pinned=pinned)
 
     def load(
         self,
@@ -126,6 +137,7 @@ class AdapterStore:
         base: str | None = None,
         *,
         source: str | None = None,
+        quota: Quota = UNLIMITED,
         pinned: bool = False,
         evict: bool = True,
     ) -> tuple[ServedAdapter, bool]:
@@ -149,7 +161,7 @@ class AdapterStore:
                 nbytes=adapter.nbytes,
                 pinned=pinned,
             )
-            created = self._swap_in(served, adapter, evict=evict)
+            created = self._swap_in(served, adapter, quota, evict=evict)
         except ServiceError as error:
             label = base if base is not None and base in self._models else UNKNOWN_BASE
             self._metrics.adapter_load(label, "refused")
@@ -222,11 +234,12 @@ class AdapterStore:
         return adapter
 
     def _check_name(self, name: str, base: str | None) -> None:
-        if not re.fullmatch(NAME_PATTERN, name):
+        if not re.fullmatch(FULL_NAME_PATTERN, name):
             message = f"{name!r} is no adapter name: use letters, digits, '.', '_' and '-'"
             raise ServiceError(ErrorKind.INVALID_REQUEST, message, param="name")
-        if name in self._models:
-            message = f"{name!r} is the name of a base"
+        # A tenant's own callers leave the tenant out of the name.
+        if (short := name.rpartition("/")[2]) in self._models:
+            message = f"{short!r} is the name of a base"
             raise ServiceError(ErrorKind.NAME_TAKEN, message, param="name")
         if base is not None and base not in self._models:
             message = f"no base is named {base!r}; there are {', '.join(self._models)}"
@@ -247,9 +260,10 @@ class AdapterStore:
             )
             raise ServiceError(ErrorKind.TOO_MANY_ADAPTERS, message)
 
-    def _swap_in(self, served: ServedAdapter, adapter: Adapter, *, evict: bool) -> bool:
+    def _swap_in(self, served: ServedAdapter, adapter: Adapter, quota: Quota, *, evict: bool) -> bool:
         capacity = self._settings.max_adapters
         with self._lock:
+            self._check_quota(served, quota)
             before = self._served.get(served.name)
             if before is None and len(self._served) >= capacity:
                 message = f"{capacity} adapters are loaded, which is the limit"
@@ -266,6 +280,22 @@ class AdapterStore:
                 self._pinned[served.name] = served
         self._count_evictions(evicted or [])
         return before is None
+
+    def _check_quota(self, served: ServedAdapter, quota: Quota) -> None:
+        """Whether the tenant has room for an adapter beside its others; waiting would not make any."""
+        tenant = tenant_of(served.name)
+        others = [
+            other
+            for other in self._served.values()
+            if tenant_of(other.name) == tenant and other.name != served.name
+        ]
+        if quota.adapters is not None and len(others) >= quota.adapters:
+            message = f"{tenant} has {len(others)} adapters, which is its limit"
+            raise ServiceError(ErrorKind.ADAPTER_QUOTA, message)
+        size = served.nbytes + sum(other.nbytes for other in others)
+        if quota.adapter_bytes is not None and size > quota.adapter_bytes:
+            message = f"the adapters of {tenant} would take {size} bytes; its limit is {quota.adapter_bytes}"
+            raise ServiceError(ErrorKind.ADAPTER_QUOTA, message)
 
     def _count_evictions(self, evicted: Collection[ServedAdapter]) -> None:
         for served in evicted:

@@ -9,9 +9,11 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
+from server.auth.access import Access
 from server.engine import Engine
 from server.routes import (
     adapters,
+    administration,
     chat,
     classify,
     completions,
@@ -23,17 +25,20 @@ from server.routes import (
     v2,
     vllm,
 )
+from server.routes.access import Authentication, register
 from server.routes.middleware import BodyLimit, Observer
 
 
-def create_app(engine: Engine) -> FastAPI:
-    """The application. It starts the engine when it starts and stops it when it stops."""
+def create_app(engine: Engine, access: Access) -> FastAPI:
+    """The application. It starts the engine and access when it starts and stops them when it stops."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await access.start()
         await engine.start()
         yield
         await engine.stop()
+        await access.stop()
 
     # FastAPI itself would have browsers fetch the scripts of /docs from a public server.
     app = FastAPIOffline(
@@ -44,9 +49,23 @@ def create_app(engine: Engine) -> FastAPI:
         redoc_url=None,
     )
     app.state.engine = engine
-    for module in (classify, embeddings, completions, chat, models, adapters, health, tei, v2, vllm):
-        app.include_router(module.router)
+    app.state.access = access
+    for module in (
+        classify,
+        embeddings,
+        completions,
+        chat,
+        models,
+        adapters,
+        administration,
+        health,
+        tei,
+        v2,
+        vllm,
+    ):
+        register(app, module.router)
     errors.install(app)
+    app.add_middleware(Authentication, access=access)
     app.add_middleware(BodyLimit, max_bytes=engine.settings.max_body_bytes)
     app.add_middleware(Observer, metrics=engine.metrics)
     return app

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from server.engine import Engine
 
 
-def banner(engine: Engine, url: str, refused: Mapping[str, str]) -> str:
+def banner(engine: Engine, url: str, admin_url: str, refused: Mapping[str, str]) -> str:
     """The bases, the adapters, the refused ones with their reason, and curl commands that work here."""
-    return "\n".join(["", *_inventory(engine, refused), "", *_commands(engine, url), ""])
+    return "\n".join(["", *_inventory(engine, refused), "", *_commands(engine, url, admin_url), ""])
 
 
 def _inventory(engine: Engine, refused: Mapping[str, str]) -> Iterator[str]:
@@ -29,17 +29,18 @@ def _inventory(engine: Engine, refused: Mapping[str, str]) -> Iterator[str]:
         yield f"  {name}: REFUSED, {reason}"
 
 
-def _commands(engine: Engine, url: str) -> Iterator[str]:
-    yield "Try"
+def _commands(engine: Engine, url: str, admin_url: str) -> Iterator[str]:
+    key = '-H "authorization: Bearer $MOLEX_KEY" ' if engine.settings.database else ""
+    yield "Try, with an API key in MOLEX_KEY" if key else "Try"
     if name := _first(engine, "SEQ_CLS"):
         text = "A warm, funny and beautifully acted film."
-        yield _post(url, "/v1/classify", {"model": name, "input": text, "return_routes": True})
+        yield _post(key + url, "/v1/classify", {"model": name, "input": text, "return_routes": True})
     if name := _first(engine, "CAUSAL_LM"):
         prompt = "name : Alimentum | area : city centre | family friendly : no"
         body = {"model": name, "prompt": prompt, "max_tokens": 40, "temperature": 0, "stream": True}
-        yield _post(url, "/v1/completions", body)
-    yield f"  curl {url}/v1/models"
-    yield f"  curl {url}/metrics"
+        yield _post(key + url, "/v1/completions", body)
+    yield f"  curl {key}{url}/v1/models"
+    yield f"  curl {key}{admin_url}/metrics"
 
 
 def _first(engine: Engine, task: str) -> str | None:

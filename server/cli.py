@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from socket import socket
 from types import FrameType, NoneType
 from typing import Annotated, Any, get_args
 
@@ -25,10 +26,14 @@ from molex.merge import merge
 from molex.train.cli import evaluate, train
 from server import logs
 from server.app import create_app
+from server.auth.access import Access
 from server.banner import banner
+from server.catalogue.database import migrate
+from server.catalogue_cli import audit_app, key_app, tenant_app
 from server.engine import Engine
+from server.errors import ServiceError
 from server.precision import choose_precision
-from server.settings import Settings
+from server.settings import Settings, is_option, problems, shown
 
 log = logging.getLogger(__name__)
 app = typer.Typer(
@@ -43,11 +48,11 @@ app = typer.Typer(
 class Server(uvicorn.Server):
     """uvicorn, which tells when it is up, and stops being ready as soon as it is told to stop."""
 
-    def __init__(self, engine: Engine, refused: Mapping[str, str]) -> None:
+    def __init__(self, engine: Engine, access: Access, refused: Mapping[str, str]) -> None:
         settings = engine.settings
         super().__init__(
             uvicorn.Config(
-                create_app(engine),
+                create_app(engine, access),
                 host=settings.host,
                 port=settings.port,
                 log_config=None,
@@ -57,16 +62,26 @@ class Server(uvicorn.Server):
             )
         )
         self._engine = engine
+        self._access = access
         self._refused = refused
+
+    async def serve(self, sockets: list[socket] | None = None) -> None:
+        settings = self._engine.settings
+        if settings.admin_port is not None:
+            second = uvicorn.Config(self.config.app, host=settings.admin_host, port=settings.admin_port)
+            sockets = [self.config.bind_socket(), second.bind_socket()]
+            self._access.admin_port = sockets[1].getsockname()[1]
+        await super().serve(sockets)
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            settings = self._engine.settings
             port = self.servers[0].sockets[0].getsockname()[1]
-            host = self.config.host
-            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            url = _url(settings.host, port)
+            admin_url = _url(settings.admin_host, self._access.admin_port) if len(self.servers) > 1 else url
             Console(highlight=False, markup=False, soft_wrap=True).print(
-                banner(self._engine, url, self._refused)
+                banner(self._engine, url, admin_url, self._refused)
             )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -74,9 +89,15 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def _url(host: str, port: int | None) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def run_server(settings: Settings) -> None:
     """Load everything, then serve until SIGTERM or SIGINT."""
     logs.configure(settings)
+    if settings.catalogue:
+        migrate(settings.catalogue[0])
     keep_freed_memory()
     keep_compiled_kernels()
     names = ", ".join(settings.bases)
@@ -85,22 +106,30 @@ def run_server(settings: Settings) -> None:
     refused = engine.adapters.load_folder(settings.adapters) if settings.adapters else {}
     # uvicorn has shut down in order by then and only passes Ctrl-C on.
     with suppress(KeyboardInterrupt):
-        asyncio.run(Server(engine, refused).serve())
+        asyncio.run(Server(engine, Access.load(settings), refused).serve())
 
 
 def serve(**options: Any) -> None:
     """Serve base models and their adapters over HTTP."""
-    given = {name: value for name, value in options.items() if value not in (None, [])}
     try:
-        run_server(Settings(**given))
-    except ValidationError as error:
-        for problem in error.errors():
-            where = ".".join(map(str, problem["loc"])) or "settings"
-            typer.echo(f"{where}: {problem['msg'].removeprefix('Value error, ')}", err=True)
-        sys.exit(2)
-    except MolexError as error:
+        run_server(_settings(options))
+    except (MolexError, ServiceError) as error:
         typer.echo(str(error), err=True)
         sys.exit(1)
+
+
+def show_config(**options: Any) -> None:
+    """Print every setting as `molex serve` would take it from here, without secrets."""
+    typer.echo("\n".join(shown(_settings(options))))
+
+
+def _settings(options: Mapping[str, Any]) -> Settings:
+    """The settings that a command line gives; what is wrong with them ends the program."""
+    try:
+        return Settings(**{name: value for name, value in options.items() if value not in (None, [])})
+    except ValidationError as error:
+        typer.echo("\n".join(problems(error)), err=True)
+        sys.exit(2)
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
@@ -126,7 +155,7 @@ def _plain_type(annotation: Any) -> Any:
 
 def _with_settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give the command one option for each setting, so that settings are spelled in one place."""
-    options = [_option(name, field) for name, field in Settings.model_fields.items()]
+    options = [_option(name, field) for name, field in Settings.model_fields.items() if is_option(field)]
     command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     return command
 
@@ -167,3 +196,9 @@ app.command()(train)
 app.command()(evaluate)
 app.command("convert")(convert_checkpoint)
 app.command("merge")(merge_adapter)
+config_app = typer.Typer(help="Settings.", no_args_is_help=True)
+config_app.command("show")(_with_settings_as_options(show_config))
+app.add_typer(config_app, name="config")
+app.add_typer(tenant_app, name="tenant")
+app.add_typer(key_app, name="key")
+app.add_typer(audit_app, name="audit")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
 from server.adapters import ServedAdapter
+from server.auth.access import Access
+from server.auth.caller import Caller
 from server.base import Base
 from server.engine import Engine
-from server.errors import ErrorKind, ServiceError
+from server.errors import ErrorKind, ServiceError, model_not_found
+from server.tokenization import Prompt
 
 T = TypeVar("T")
 DIGEST_HEADER = "x-adapter-digest"
@@ -23,16 +27,23 @@ def _engine(request: Request) -> Engine:
     return engine
 
 
+def access_of(request: Request) -> Access:
+    access: Access = request.app.state.access
+    return access
+
+
 EngineDep = Annotated[Engine, Depends(_engine)]
+AccessDep = Annotated[Access, Depends(access_of)]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a request's `model` names: an adapter on its base, or, without one, the bare base."""
+    """What a request's `model` names to its caller: an adapter on its base, or, without one, the base."""
 
     name: str
     base: Base
     served: ServedAdapter | None
+    caller: Caller
 
     @property
     def classifies(self) -> bool:
@@ -48,20 +59,31 @@ class Target:
         return {DIGEST_HEADER: self.served.digest} if self.served else {}
 
 
-def find_target(engine: Engine, model: str) -> Target:
-    """Raises ServiceError (404) where no base and no adapter has this name."""
+def visible(engine: Engine, caller: Caller) -> list[ServedAdapter]:
+    """The adapters that a caller may use: its own and those that the operator shares."""
+    return [served for served in engine.adapters.all() if caller.may_see(served.name)]
+
+
+def find_adapter(engine: Engine, caller: Caller, name: str) -> ServedAdapter | None:
+    """What a name means to a caller: an adapter of its own, or else a shared one."""
+    known = (full_name for full_name in caller.names(name) if full_name in engine.adapters)
+    full_name = next(known, None)
+    return None if full_name is None else engine.adapters.get(full_name)
+
+
+def find_target(engine: Engine, caller: Caller, model: str) -> Target:
+    """Raises ServiceError (404) where no base and no adapter of this name is there for the caller."""
     if model in engine.bases:
-        return Target(model, engine.bases[model], None)
-    if model not in engine.adapters:
-        message = f"no base or adapter is named {model!r}; GET /v1/models lists them"
-        raise ServiceError(ErrorKind.MODEL_NOT_FOUND, message, param="model")
-    served = engine.adapters.get(model)
-    return Target(model, engine.bases[served.base], served)
+        return Target(model, engine.bases[model], None, caller)
+    served = find_adapter(engine, caller, model)
+    if served is None:
+        raise model_not_found(model)
+    return Target(model, engine.bases[served.base], served, caller)
 
 
-def classifier(engine: Engine, model: str) -> Target:
+def classifier(engine: Engine, caller: Caller, model: str) -> Target:
     """The target, which has to classify."""
-    target = find_target(engine, model)
+    target = find_target(engine, caller, model)
     if not target.classifies:
         what = "an adapter for generation" if target.served else "a bare base"
         message = f"{model!r} is {what}, which has no classes; name a classification adapter"
@@ -69,9 +91,9 @@ def classifier(engine: Engine, model: str) -> Target:
     return target
 
 
-def encoder(engine: Engine, model: str) -> Target:
+def encoder(engine: Engine, caller: Caller, model: str) -> Target:
     """The target, which has to be a bare encoder."""
-    target = find_target(engine, model)
+    target = find_target(engine, caller, model)
     if target.served is not None:
         message = f"{model!r} is an adapter; embeddings come from a bare encoder"
         raise ServiceError(ErrorKind.WRONG_TASK, message, param="model")
@@ -81,9 +103,9 @@ def encoder(engine: Engine, model: str) -> Target:
     return target
 
 
-def generator(engine: Engine, model: str) -> Target:
+def generator(engine: Engine, caller: Caller, model: str) -> Target:
     """The target, which has to generate."""
-    target = find_target(engine, model)
+    target = find_target(engine, caller, model)
     if target.classifies:
         message = f"{model!r} is a classification adapter; send it to /v1/classify"
         raise ServiceError(ErrorKind.WRONG_TASK, message, param="model")
@@ -93,8 +115,8 @@ def generator(engine: Engine, model: str) -> Target:
     return target
 
 
-def classifiers(engine: Engine) -> list[str]:
-    return [served.name for served in engine.adapters.all() if served.classifies]
+def classifiers(engine: Engine, caller: Caller) -> list[str]:
+    return [served.name for served in visible(engine, caller) if served.classifies]
 
 
 def encoders(engine: Engine) -> list[str]:
@@ -109,8 +131,8 @@ def only(names: list[str]) -> str:
     raise ServiceError(ErrorKind.MODEL_NOT_FOUND, message, param="model")
 
 
-def only_classifier(engine: Engine) -> str:
-    return only(classifiers(engine))
+def only_classifier(engine: Engine, caller: Caller) -> str:
+    return only(classifiers(engine, caller))
 
 
 def check_count(engine: Engine, count: int, param: str, what: str = "entries") -> None:
@@ -119,6 +141,12 @@ def check_count(engine: Engine, count: int, param: str, what: str = "entries") -
     if count > limit:
         message = f"{param}: {count} {what}; the limit is {limit}"
         raise ServiceError(ErrorKind.INVALID_REQUEST, message, param=param)
+
+
+async def spend_tokens(request: Request, caller: Caller, prompts: Seq[Prompt], limit: int = 0) -> None:
+    """Count prompts, and `limit` tokens after each, against the caller's quota. Raises ServiceError."""
+    tokens = sum(len(prompt.token_ids) + limit for prompt in prompts)
+    await access_of(request).quotas.tokens(caller, tokens)
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:

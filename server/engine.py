@@ -72,6 +72,7 @@ class Engine:
         self._scheduler: Scheduler[Sequence] = Scheduler(
             {name: base.runner.num_pages for name, base in bases.items()},
             max_batch_tokens=settings.max_batch_tokens,
+            max_tenant_tokens=settings.max_tenant_tokens,
             max_sequences=settings.max_sequences,
             max_queue=settings.max_queue,
         )

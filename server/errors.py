@@ -15,19 +15,29 @@ class ErrorKind(Enum):
     WRONG_TASK = (400, "invalid_request_error", "wrong_task")
     ALREADY_LOADED = (400, "invalid_request_error", "already_loaded")
     BAD_ADAPTER = (400, "invalid_request_error", "invalid_adapter")
+    NO_KEY = (401, "authentication_error", "missing_api_key")
+    BAD_KEY = (401, "authentication_error", "invalid_api_key")
+    MISSING_SCOPE = (403, "permission_error", "missing_scope")
+    FORBIDDEN_ADAPTER = (403, "permission_error", "forbidden_adapter")
     FORBIDDEN_SOURCE = (403, "permission_error", "forbidden_source")
     NOT_FOUND = (404, "not_found_error", "not_found")
     MODEL_NOT_FOUND = (404, "not_found_error", "model_not_found")
     ADAPTER_NOT_FOUND = (404, "not_found_error", "adapter_not_found")
+    TENANT_NOT_FOUND = (404, "not_found_error", "tenant_not_found")
+    KEY_NOT_FOUND = (404, "not_found_error", "key_not_found")
     METHOD_NOT_ALLOWED = (405, "invalid_request_error", "method_not_allowed")
     NAME_TAKEN = (409, "conflict_error", "name_taken")
     ADAPTER_UNAVAILABLE = (409, "conflict_error", "adapter_unavailable")
     TOO_MANY_ADAPTERS = (409, "conflict_error", "too_many_adapters")
+    TOO_MANY_KEYS = (409, "conflict_error", "too_many_keys")
+    ADAPTER_QUOTA = (409, "conflict_error", "adapter_quota_exceeded")
     TOO_LARGE = (413, "invalid_request_error", "request_too_large")
     OVERLOADED = (429, "overloaded_error", "queue_full")
+    QUOTA = (429, "rate_limit_error", "quota_exceeded")
     CLIENT_GONE = (499, "invalid_request_error", "client_closed_request")
     INTERNAL = (500, "server_error", "internal_error")
     STOPPING = (503, "server_error", "shutting_down")
+    CATALOGUE_DOWN = (503, "server_error", "catalogue_unavailable")
 
     def __init__(self, status: int, error_type: str, code: str) -> None:
         self.status = status
@@ -54,7 +64,10 @@ class ServiceError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        if self.kind.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return headers
 
     def body(self) -> dict[str, Any]:
         """The body of the answer, in the shape that OpenAI clients parse."""
@@ -70,6 +83,16 @@ class ServiceError(Exception):
 def internal_error() -> ServiceError:
     """What a client is told about a fault of ours: nothing that shows the inside. The log has the rest."""
     return ServiceError(ErrorKind.INTERNAL, "internal error; the server's log has the details")
+
+
+def adapter_not_found(name: str) -> ServiceError:
+    """One answer for an adapter that is missing and for one of another tenant."""
+    return ServiceError(ErrorKind.ADAPTER_NOT_FOUND, f"no adapter is named {name!r}", param="name")
+
+
+def model_not_found(name: str) -> ServiceError:
+    message = f"no base or adapter is named {name!r}; GET /v1/models lists them"
+    return ServiceError(ErrorKind.MODEL_NOT_FOUND, message, param="model")
 
 
 def stopping_error() -> ServiceError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from server.errors import ErrorKind, ServiceError
+from server.fair_queue import FairQueue
 
 
 class Schedulable(Protocol):
@@ -15,6 +16,8 @@ class Schedulable(Protocol):
 
     @property
     def base(self) -> str: ...
+    @property
+    def tenant(self) -> str | None: ...
     @property
     def num_new_tokens(self) -> int:
         """Tokens that its next step feeds to the model: the whole prompt first, then one at a time.
@@ -70,14 +73,14 @@ class Batch(Generic[S]):
 
 
 class BaseQueue(Generic[S]):
-    """The waiting and the running sequences of one base, oldest first; `num_pages` of cache for them all.
+    """The waiting sequences of one base, in turns of their tenants, and the running ones, oldest first.
 
-    `partial` is the one whose prompt runs in parts.
+    `num_pages` of cache are for them all; `partial` is the one whose prompt runs in parts.
     """
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, tenant_share: int) -> None:
         self.num_pages = num_pages
-        self.waiting: deque[S] = deque()
+        self.waiting: FairQueue[S] = FairQueue(tenant_share)
         self.running: list[S] = []
         self.partial: S | None = None
 
@@ -90,26 +93,27 @@ class BaseQueue(Generic[S]):
         return bool(self.waiting or self.started)
 
     def take_prompts(self, room: Room) -> list[S]:
-        """Remove and return the waiting prompts that fit, oldest first.
+        """Remove and return the waiting prompts that fit, in their order.
 
-        Where the oldest is longer than the room, it becomes the one that runs in parts. Generations that wait
+        Where the first is longer than the room, it becomes the one that runs in parts. Generations that wait
         for a place in the cache wait in their order, so that a large one has its turn, and do not hold up
         what needs none.
         """
         taken: list[S] = []
         passed: list[S] = []
-        while self.waiting:
-            sequence = self.waiting[0]
+        self.waiting.begin_step(self.partial)
+        while self.waiting.has_next:
+            sequence = self.waiting.peek()
             if sequence.num_pages and (passed or not room.fits(sequence)):
-                passed.append(self.waiting.popleft())
+                passed.append(self.waiting.set_aside())
                 continue
             if sequence.num_new_tokens > room.tokens:
                 if not (taken or self.partial):
-                    self.partial = self.waiting.popleft()
+                    self.partial = self.waiting.pop()
                 break
-            taken.append(self.waiting.popleft())
+            taken.append(self.waiting.pop())
             room.take(sequence)
-        self.waiting.extendleft(reversed(passed))
+        self.waiting.put_back(passed)
         return taken
 
     def take_part(self, room: Room) -> int:
@@ -125,18 +129,26 @@ class Scheduler(Generic[S]):
     """Continuous batching under a token budget, round robin over the bases that have work.
 
     Every step of a base takes all its decoding sequences, one token each, and fills the rest of
-    the budget with prompts: decoding never stalls, and a prompt waits only for older prompts. One that is
-    longer than the rest runs in parts, over several steps.
+    the budget with prompts: decoding never stalls, and a prompt waits only for older prompts of its tenant
+    and for the turns of other tenants. One that is longer than the rest runs in parts, over several steps.
 
     A generation starts once the cache has pages for its prompt and all that it asks for. It keeps them to its
     end, so none is ever stopped to make room, or runs twice.
     """
 
     def __init__(
-        self, num_pages: Mapping[str, int], *, max_batch_tokens: int, max_sequences: int, max_queue: int
+        self,
+        num_pages: Mapping[str, int],
+        *,
+        max_batch_tokens: int,
+        max_tenant_tokens: int,
+        max_sequences: int,
+        max_queue: int,
     ) -> None:
         """`num_pages`: the pages of the key-value cache of each base."""
-        self._queues: dict[str, BaseQueue[S]] = {base: BaseQueue(n) for base, n in num_pages.items()}
+        self._queues: dict[str, BaseQueue[S]] = {
+            base: BaseQueue(count, max_tenant_tokens) for base, count in num_pages.items()
+        }
         self._turns = deque(self._queues)
         self._max_batch_tokens = max_batch_tokens
         self._max_sequences = max_sequences
@@ -151,18 +163,19 @@ class Scheduler(Generic[S]):
     def sequences(self, base: str) -> list[S]:
         """All that wait or run on a base."""
         queue = self._queues[base]
-        return [*queue.waiting, *queue.running]
+        return [*queue.waiting, *queue.started]
 
     def waiting(self) -> list[S]:
         return [sequence for queue in self._queues.values() for sequence in queue.waiting]
 
     def running(self) -> list[S]:
-        return [sequence for queue in self._queues.values() for sequence in queue.running]
+        return [sequence for queue in self._queues.values() for sequence in queue.started]
 
     def add(self, sequences: Sequence[S]) -> None:
         """Queue the sequences of one request, all of them or, where the queue is full, none.
 
-        Raises ServiceError: 429, to be retried, or 400 where one needs more cache than there is.
+        A tenant fills a queue of its own, so that its flood refuses nobody else. Raises ServiceError: 429, to
+        be retried, or 400 where one needs more cache than there is.
         """
         queue = self._queues[sequences[0].base]
         if (most := max(sequence.num_pages for sequence in sequences)) > queue.num_pages:
@@ -170,7 +183,7 @@ class Scheduler(Generic[S]):
                 f"prompt and max_tokens need {most} pages of the key-value cache; it has {queue.num_pages}"
             )
             raise ServiceError(ErrorKind.CONTEXT_LENGTH, message, param="max_tokens")
-        if len(queue.waiting) + len(sequences) > self._max_queue:
+        if queue.waiting.count(sequences[0].tenant) + len(sequences) > self._max_queue:
             message = f"the queue of {sequences[0].base} is full ({self._max_queue} sequences)"
             raise ServiceError(ErrorKind.OVERLOADED, message, retry_after=1)
         queue.waiting.extend(sequences)
@@ -180,7 +193,7 @@ class Scheduler(Generic[S]):
         dropped: list[S] = []
         for queue in self._queues.values():
             if any(sequence.cancelled for sequence in queue.waiting):
-                queue.waiting = deque(s for s in queue.waiting if not s.cancelled)
+                queue.waiting.keep(lambda sequence: not sequence.cancelled)
             dropped += [sequence for sequence in queue.started if sequence.cancelled]
             queue.running = [sequence for sequence in queue.running if not sequence.cancelled]
             if queue.partial is not None and queue.partial.cancelled:
@@ -192,7 +205,8 @@ class Scheduler(Generic[S]):
         dropped: list[S] = []
         for queue in self._queues.values():
             dropped += [*queue.started, *queue.waiting]
-            queue.running, queue.waiting, queue.partial = [], deque(), None
+            queue.running, queue.partial = [], None
+            queue.waiting.clear()
         return dropped
 
     def schedule(self) -> Batch[S] | None:

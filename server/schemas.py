@@ -10,7 +10,8 @@ from typing import Annotated, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from server.settings import NAME_PATTERN
+from server.catalogue.records import Scope
+from server.settings import FULL_NAME_PATTERN
 
 
 def _unicode(text: str) -> str:
@@ -24,7 +25,7 @@ def _unicode(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_unicode)]
 ModelName = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_unicode)]
-AdapterName = Annotated[str, Field(pattern=NAME_PATTERN)]
+AdapterName = Annotated[str, Field(pattern=FULL_NAME_PATTERN)]
 Source = Annotated[
     str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f]+$"), AfterValidator(_unicode)
 ]
@@ -149,3 +150,26 @@ class UnloadLoraRequest(Body):
     lora_name: AdapterName
 
     lora_int_id: None = None
+
+
+Limit = Annotated[int, Field(ge=0, le=2**53)] | None
+Label = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class PutTenantRequest(Body):
+    """`PUT /v1/tenants/{name}`. null lifts a limit; what is left out stays."""
+
+    requests_per_minute: Limit = None
+    tokens_per_minute: Limit = None
+    concurrency: Limit = None
+    adapters: Limit = None
+    adapter_bytes: Limit = None
+
+
+class CreateKeyRequest(Body):
+    """`POST /v1/keys`. `expires` is in seconds since the epoch."""
+
+    tenant: Label
+    name: Label = "default"
+    scopes: Annotated[list[Annotated[Scope, Field(strict=False)]], Field(min_length=1, max_length=16)]
+    expires: Annotated[int, Field(ge=0, le=2**53)] | None = None

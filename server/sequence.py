@@ -78,6 +78,7 @@ class Sequence:
     base: str
     adapter: Adapter
     token_ids: list[int]
+    tenant: str | None = None
     sampling: SamplingParams | None = None
     constraint: Constraint | None = None
     token_type_ids: list[int] | None = None

@@ -6,20 +6,64 @@ A setting comes from the command line, else from the environment (`MOLEX_PORT=90
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from server.catalogue.url import URL, parse_url
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 """Names of bases and adapters: safe in a URL, a file name and a metric label."""
+FULL_NAME_PATTERN = r"^([a-z0-9][a-z0-9._-]{0,62}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+"""Names of adapters, with or without their tenant."""
 
 
-class Settings(BaseSettings):
-    """Settings of one server process."""
+class CatalogueSettings(BaseSettings):
+    """What every command needs to reach the catalogue."""
 
     model_config = SettingsConfigDict(env_prefix="MOLEX_", extra="forbid", frozen=True)
+
+    database: str | None = Field(
+        None,
+        description="URL of the catalogue of tenants and API keys: sqlite:///FILE or "
+        "postgresql://USER@HOST/NAME. With it every caller needs a key; without it there are no keys.",
+    )
+    pepper: SecretStr | None = Field(
+        None,
+        min_length=32,
+        description="Secret under which API keys are hashed, at least 32 characters. Needed with "
+        "--database; read from the environment alone, since others can see a command line.",
+        json_schema_extra={"environment_only": True},
+    )
+
+    @field_validator("database")
+    @classmethod
+    def _check_database(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_url(value)
+        return value
+
+    @model_validator(mode="after")
+    def _check_pepper(self) -> Self:
+        if self.database is not None and self.pepper is None:
+            raise ValueError("a catalogue needs a pepper: set MOLEX_PEPPER to at least 32 characters")
+        return self
+
+    @property
+    def catalogue(self) -> tuple[URL, str] | None:
+        """Where the catalogue is, and its pepper; None where there is no catalogue."""
+        if self.database is None or self.pepper is None:
+            return None
+        return parse_url(self.database), self.pepper.get_secret_value()
+
+
+class Settings(CatalogueSettings):
+    """Settings of one server process."""
 
     bases: Annotated[dict[str, str], NoDecode] = Field(
         default_factory=dict,
@@ -33,6 +77,15 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    admin_host: str = Field("127.0.0.1", description="Address of the second listener.")
+    admin_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="Port of a second listener. Where it is set, routes for metrics, for changing adapters "
+        "and for administration answer there alone.",
+    )
+    insecure: bool = Field(False, description="Listen beyond this machine although no caller needs a key.")
     precision: Literal["auto", "fp32", "bf16", "int8", "fp64", "mixed"] = Field(
         "fp32",
         description="Precision of the base models. int8: weights of layers in 8 bits, all else in bf16 where "
@@ -42,6 +95,14 @@ class Settings(BaseSettings):
         None, description="Precision of routed layers alone. Default: that of the others."
     )
     max_batch_tokens: int = Field(2048, ge=1, le=1_048_576, description="Token budget of one forward pass.")
+    max_tenant_tokens: int = Field(
+        128,
+        ge=1,
+        le=1_048_576,
+        description="Tokens of prompts that one tenant may take of a forward pass, or one longer prompt. "
+        "Others wait for the pass that runs: less makes their waits shorter, more makes full batches of "
+        "one tenant faster. Without keys there is no such bound.",
+    )
     max_sequences: int = Field(16, ge=1, le=1024, description="Generations that run at a time, per base.")
     max_cache_tokens: int = Field(
         32_768,
@@ -55,7 +116,10 @@ class Settings(BaseSettings):
         description="Whether the keys and values of equal beginnings of prompts are used again.",
     )
     max_queue: int = Field(
-        1024, ge=1, le=1_048_576, description="Waiting sequences per base; beyond it callers get 429."
+        1024,
+        ge=1,
+        le=1_048_576,
+        description="Waiting sequences per base and tenant; beyond it callers get 429.",
     )
     max_length: int = Field(
         2048, ge=2, le=1_048_576, description="Longest sequence in tokens, where the base allows it."
@@ -101,6 +165,7 @@ class Settings(BaseSettings):
     def _check(self) -> Self:
         if not self.bases:
             raise ValueError("at least one base is needed: --base NAME=FOLDER")
+        self._check_listeners()
         if self.max_inputs > self.max_queue:
             raise ValueError("max_inputs must not exceed max_queue")
         if self.max_sequences > self.max_batch_tokens:
@@ -111,10 +176,53 @@ class Settings(BaseSettings):
             raise ValueError("precision int8 has 8-bit weights in all layers: leave routed_precision out")
         return self
 
+    def _check_listeners(self) -> None:
+        if self.admin_port and self.admin_port == self.port:
+            raise ValueError("admin_port must not be the port of the first listener")
+        hosts = [self.host] if self.admin_port is None else [self.host, self.admin_host]
+        reachable = [host for host in hosts if not is_loopback(host)]
+        if reachable and self.database is None and not self.insecure:
+            raise ValueError(
+                f"without --database anyone who reaches {reachable[0]} could use this server: "
+                "create API keys (molex key create), listen on 127.0.0.1, or say --insecure"
+            )
+
     @property
     def http_root(self) -> Path | None:
         """The folder that HTTP callers may load adapters from; None where they may not load any."""
         return self.adapter_root or self.adapters
+
+
+def is_option(field: FieldInfo) -> bool:
+    """Whether a setting may stand on a command line, where others can see it."""
+    extra = field.json_schema_extra
+    return not (isinstance(extra, dict) and extra.get("environment_only"))
+
+
+def shown(settings: CatalogueSettings) -> Iterator[str]:
+    """Every setting as a line, without secrets: the pepper, and what a database URL has of them."""
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if name == "database" and value is not None:
+            value = parse_url(value).set(query={}).render_as_string(hide_password=True)
+        origin = "" if name in settings.model_fields_set else "  (default)"
+        yield f"{name} = {'' if value is None else value}{origin}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def problems(error: ValidationError) -> list[str]:
+    """What is wrong with settings, a line each that names the setting. Values are not repeated."""
+    return [
+        f"{'.'.join(map(str, problem['loc'])) or 'settings'}: {problem['msg'].removeprefix('Value error, ')}"
+        for problem in error.errors()
+    ]
 
 
 def _parse_base(entry: str) -> tuple[str, str]:

@@ -14,24 +14,28 @@ from server.errors import ErrorKind, ServiceError
 
 
 class Sources:
-    """Reads adapters for the bases `models`; HTTP callers may name folders under `root`, if there is one."""
+    """Reads adapters for the bases `models`; HTTP callers may name folders under `root`, if there is one.
+
+    Those of a tenant have a root of their own, the folder in `root` that bears its name.
+    """
 
     def __init__(self, models: Mapping[str, MolexModel], root: Path | None) -> None:
         self._models = models
         self._root = None if root is None else root.resolve()
 
-    def resolve(self, source: str) -> Path:
-        """The folder that a caller means. Neither it nor its files may lie outside the root.
+    def resolve(self, source: str, tenant: str = "") -> Path:
+        """The folder that a caller means. Neither it nor its files may lie outside the root of its tenant.
 
         Raises ServiceError.
         """
         if self._root is None:
             message = "loading over HTTP is off: start the server with --adapters or --adapter-root"
             raise ServiceError(ErrorKind.FORBIDDEN_SOURCE, message)
-        folder = self._root / source
+        root = self._root / tenant
+        folder = root / source
         try:
             parts = [path.resolve() for path in (folder, folder / CONFIG_NAME, folder / WEIGHTS_NAME)]
-            inside = all(part.is_relative_to(self._root) for part in parts)
+            inside = all(part.is_relative_to(root) for part in parts) and root.is_relative_to(self._root)
             exists = inside and parts[0].is_dir()
         except (OSError, RuntimeError, ValueError):
             inside, exists = True, False

@@ -9,14 +9,18 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
 from server.adapters import ServedAdapter
-from server.deps import DIGEST_HEADER, EngineDep
+from server.auth.access import Access
+from server.auth.caller import Caller
+from server.catalogue.records import Scope
+from server.deps import DIGEST_HEADER, AccessDep, EngineDep, find_adapter, visible
 from server.engine import Engine
-from server.errors import ErrorKind, ServiceError
+from server.errors import ErrorKind, ServiceError, adapter_not_found
+from server.routes.access import ReadAdapters, WriteAdapters
 from server.schemas import LoadLoraRequest, PutAdapterRequest, UnloadLoraRequest
-from server.settings import NAME_PATTERN
+from server.settings import FULL_NAME_PATTERN
 
 router = APIRouter(tags=["adapters"])
-Name = Annotated[str, Path(pattern=NAME_PATTERN)]
+Name = Annotated[str, Path(pattern=FULL_NAME_PATTERN)]
 
 
 class AdapterCard(BaseModel):
@@ -48,55 +52,97 @@ class AdapterList(BaseModel):
 
 
 @router.get("/v1/adapters")
-async def list_adapters(engine: EngineDep) -> AdapterList:
-    return AdapterList(data=[_card(engine, served) for served in engine.adapters.all()])
+async def list_adapters(engine: EngineDep, caller: ReadAdapters) -> AdapterList:
+    return AdapterList(data=[_card(engine, served) for served in visible(engine, caller)])
 
 
-@router.get("/v1/adapters/{name}")
-async def get_adapter(name: Name, engine: EngineDep) -> AdapterCard:
-    return _card(engine, engine.adapters.get(name))
+@router.get("/v1/adapters/{name:path}")
+async def get_adapter(name: Name, engine: EngineDep, caller: ReadAdapters) -> AdapterCard:
+    served = find_adapter(engine, caller, name)
+    if served is None:
+        raise adapter_not_found(name)
+    return _card(engine, served)
 
 
-@router.put("/v1/adapters/{name}", responses={201: {"model": AdapterCard}})
+@router.put("/v1/adapters/{name:path}", responses={201: {"model": AdapterCard}})
 async def put_adapter(
-    name: Name, body: PutAdapterRequest, engine: EngineDep, response: Response
+    name: Name,
+    body: PutAdapterRequest,
+    engine: EngineDep,
+    access: AccessDep,
+    caller: WriteAdapters,
+    response: Response,
 ) -> AdapterCard:
     """Load an adapter, or replace the one of this name: 201 or 200.
 
     Another may be evicted from memory for it; `pinned` keeps this one from being evicted. Requests in flight
     finish on the weights they started with.
     """
-    served, created = await engine.loader.run(
-        engine.adapters.load_for_caller, name, body.source, body.base, pinned=body.pinned
+    served, created = await load_adapter(
+        engine, access, caller, name, body.source, body.base, pinned=body.pinned
     )
     response.status_code = 201 if created else 200
     response.headers[DIGEST_HEADER] = served.digest
     return _card(engine, served)
 
 
-@router.delete("/v1/adapters/{name}", status_code=204)
-async def delete_adapter(name: Name, engine: EngineDep) -> None:
+@router.delete("/v1/adapters/{name:path}", status_code=204)
+async def delete_adapter(name: Name, engine: EngineDep, access: AccessDep, caller: WriteAdapters) -> None:
     """Stop serving an adapter; requests in flight finish."""
-    engine.adapters.remove(name)
+    await remove_adapter(engine, access, caller, name)
 
 
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
-async def load_lora_adapter(body: LoadLoraRequest, engine: EngineDep) -> str:
+async def load_lora_adapter(
+    body: LoadLoraRequest, engine: EngineDep, access: AccessDep, caller: WriteAdapters
+) -> str:
     """vLLM's verb: a name that is taken is replaced only with `load_inplace`."""
-    if body.lora_name in engine.adapters and not body.load_inplace:
+    if caller.own_name(body.lora_name) in engine.adapters and not body.load_inplace:
         message = f"the adapter {body.lora_name!r} is already loaded; set load_inplace to replace it"
         raise ServiceError(ErrorKind.ALREADY_LOADED, message, param="lora_name")
-    await engine.loader.run(
-        engine.adapters.load_for_caller, body.lora_name, body.lora_path, body.base_model_name
-    )
+    await load_adapter(engine, access, caller, body.lora_name, body.lora_path, body.base_model_name)
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
 @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
-async def unload_lora_adapter(body: UnloadLoraRequest, engine: EngineDep) -> str:
+async def unload_lora_adapter(
+    body: UnloadLoraRequest, engine: EngineDep, access: AccessDep, caller: WriteAdapters
+) -> str:
     """vLLM's verb."""
-    engine.adapters.remove(body.lora_name)
+    await remove_adapter(engine, access, caller, body.lora_name)
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+
+
+async def load_adapter(
+    engine: Engine,
+    access: Access,
+    caller: Caller,
+    name: str,
+    source: str,
+    base: str | None,
+    *,
+    pinned: bool = False,
+) -> tuple[ServedAdapter, bool]:
+    """Load an adapter of the caller's own; returns it, and whether its name is new."""
+    if pinned and Scope.ADMIN not in caller.scopes:
+        message = "pinned takes memory from every tenant: it needs the scope admin"
+        raise ServiceError(ErrorKind.MISSING_SCOPE, message, param="pinned")
+    full_name = caller.own_name(name)
+    served, created = await engine.loader.run(
+        engine.adapters.load_for_caller, full_name, source, base, caller.quota, pinned=pinned
+    )
+    await access.record(caller, "adapter.load", f"adapter:{full_name}", digest=served.digest)
+    return served, created
+
+
+async def remove_adapter(engine: Engine, access: Access, caller: Caller, name: str) -> None:
+    """Stop serving an adapter of the caller's own."""
+    full_name = caller.own_name(name)
+    if full_name not in engine.adapters and name in engine.adapters:
+        message = f"{name!r} is shared by the operator, who alone removes it"
+        raise ServiceError(ErrorKind.FORBIDDEN_ADAPTER, message, param="name")
+    served = engine.adapters.remove(full_name)
+    await access.record(caller, "adapter.remove", f"adapter:{full_name}", digest=served.digest)
 
 
 def _card(engine: Engine, served: ServedAdapter) -> AdapterCard:

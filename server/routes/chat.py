@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from server.deps import EngineDep, generator
 from server.detokenizer import REPLACEMENT
 from server.generation_schemas import ChatRequest
+from server.routes.access import Infer
 from server.routes.answers import ChatCompletion
 from server.routes.generation import Choice, Generation, Json
 from server.routes.prepare import prepare
@@ -43,10 +44,12 @@ class ChatShape:
 
 
 @router.post("/v1/chat/completions", response_class=Response, responses={200: {"model": ChatCompletion}})
-async def create_chat_completion(body: ChatRequest, request: Request, engine: EngineDep) -> Response:
+async def create_chat_completion(
+    body: ChatRequest, request: Request, engine: EngineDep, caller: Infer
+) -> Response:
     """Answer a conversation. With `stream` the answer is a stream of server-sent events."""
     watch = Stopwatch()
-    target = generator(engine, body.model)
+    target = generator(engine, caller, body.model)
     generation = Generation(body, target, ChatShape(), watch, engine, request)
     tokenization = target.base.tokenization
     adapter, prompt = await prepare(

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from molex.routing import flat_route
 from server.deps import EngineDep, Target, classifier
+from server.routes.access import Infer
 from server.routes.prompts import PromptUsage, run_prompts
 from server.schemas import ClassifyRequest
 from server.sequence import Sequence
@@ -45,10 +46,10 @@ class ClassifyResponse(BaseModel):
 
 @router.post("/v1/classify", response_model_exclude_none=True)
 async def classify(
-    body: ClassifyRequest, request: Request, response: Response, engine: EngineDep
+    body: ClassifyRequest, request: Request, response: Response, engine: EngineDep, caller: Infer
 ) -> ClassifyResponse:
     """Classify one or more texts with an adapter."""
-    target = classifier(engine, body.model)
+    target = classifier(engine, caller, body.model)
     sequences = await run_prompts(engine, target, body.inputs, request, response)
     return _answer(target, sequences, return_routes=body.return_routes)
 

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from server.deps import EngineDep, check_count, generator
 from server.generation_schemas import CompletionRequest
+from server.routes.access import Infer
 from server.routes.answers import Completion
 from server.routes.generation import Choice, Generation, Json
 from server.routes.prepare import prepare
@@ -48,11 +49,13 @@ class CompletionShape:
 
 
 @router.post("/v1/completions", response_class=Response, responses={200: {"model": Completion}})
-async def create_completion(body: CompletionRequest, request: Request, engine: EngineDep) -> Response:
+async def create_completion(
+    body: CompletionRequest, request: Request, engine: EngineDep, caller: Infer
+) -> Response:
     """Continue one or more prompts. With `stream` the answer is a stream of server-sent events."""
     watch = Stopwatch()
     check_count(engine, len(body.prompts), "prompt")
-    target = generator(engine, body.model)
+    target = generator(engine, caller, body.model)
     limit = body.max_tokens or DEFAULT_MAX_TOKENS
     tokenization = target.base.tokenization
     adapter, prompts = await prepare(engine, target, watch, _encode, tokenization, body.prompts, limit)

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from server.deps import EngineDep, encoder
+from server.routes.access import Infer
 from server.routes.prompts import PromptUsage, run_prompts
 from server.schemas import EmbeddingsRequest
 from server.sequence import Sequence
@@ -35,7 +36,7 @@ class EmbeddingsResponse(BaseModel):
 
 @router.post("/v1/embeddings")
 async def create_embeddings(
-    body: EmbeddingsRequest, request: Request, response: Response, engine: EngineDep
+    body: EmbeddingsRequest, request: Request, response: Response, engine: EngineDep, caller: Infer
 ) -> EmbeddingsResponse:
     """Embed one or more texts with a bare encoder.
 
@@ -43,7 +44,7 @@ async def create_embeddings(
     length 1: the pooling of e5 and the default of sentence-transformers. Prefixes such as e5's `query: ` are
     the caller's.
     """
-    target = encoder(engine, body.model)
+    target = encoder(engine, caller, body.model)
     sequences = await run_prompts(engine, target, body.inputs, request, response)
     encoded = body.encoding_format == "base64"
     return EmbeddingsResponse(

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from molex.adapter import Adapter
 from molex.routing import flat_route
 from molex.sampling import SamplingParams
-from server.deps import Target, check_count, unless_disconnected
+from server.deps import Target, check_count, spend_tokens, unless_disconnected
 from server.engine import Engine, Submission
 from server.errors import ServiceError
 from server.generation_schemas import GenerationRequest
@@ -89,10 +89,12 @@ class Generation:
         """
         self._check(len(prompts))
         constraint = await self._constraint()
+        await spend_tokens(self.request, self.target.caller, [*prompts] * self.body.num_choices, limit)
         self.sequences = [
             Sequence(
                 base=self.target.base.name,
                 adapter=adapter,
+                tenant=self.target.caller.tenant,
                 token_ids=prompt.token_ids,
                 sampling=sampling_params(self.body, limit, logprobs, choice),
                 constraint=constraint and constraint.copy(),

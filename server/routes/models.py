@@ -7,7 +7,9 @@ from pydantic import BaseModel
 
 from server.adapters import ServedAdapter
 from server.base import Base
-from server.deps import EngineDep, find_target
+from server.deps import EngineDep, find_adapter, visible
+from server.errors import model_not_found
+from server.routes.access import Infer
 
 router = APIRouter(tags=["models"])
 
@@ -33,20 +35,22 @@ class ModelList(BaseModel):
 
 
 @router.get("/v1/models")
-async def list_models(engine: EngineDep) -> ModelList:
+async def list_models(engine: EngineDep, caller: Infer) -> ModelList:
     """The bases and the adapters; each name can be a request's `model`."""
     cards = [base_card(base) for base in engine.bases.values()]
-    cards += [adapter_card(served, engine.bases[served.base]) for served in engine.adapters.all()]
+    cards += [adapter_card(served, engine.bases[served.base]) for served in visible(engine, caller)]
     return ModelList(data=cards)
 
 
-@router.get("/v1/models/{model}")
-async def get_model(model: str, engine: EngineDep) -> ModelCard:
+@router.get("/v1/models/{model:path}")
+async def get_model(model: str, engine: EngineDep, caller: Infer) -> ModelCard:
     """One base or adapter."""
-    target = find_target(engine, model)
     if model in engine.bases:
-        return base_card(target.base)
-    return adapter_card(engine.adapters.get(model), target.base)
+        return base_card(engine.bases[model])
+    served = find_adapter(engine, caller, model)
+    if served is None:
+        raise model_not_found(model)
+    return adapter_card(served, engine.bases[served.base])
 
 
 def base_card(base: Base) -> ModelCard:

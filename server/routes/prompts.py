@@ -8,7 +8,7 @@ from typing import Self
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from server.deps import Target, check_count, unless_disconnected
+from server.deps import Target, check_count, spend_tokens, unless_disconnected
 from server.engine import Engine
 from server.routes.prepare import prepare
 from server.routes.timing import Stopwatch
@@ -47,10 +47,12 @@ async def run_prompts(
     check_count(engine, len(inputs), param)
     encode = target.base.tokenization.encode
     adapter, prompts = await prepare(engine, target, watch, encode, inputs, param, truncate=truncate)
+    await spend_tokens(request, target.caller, prompts)
     sequences = [
         Sequence(
             base=target.base.name,
             adapter=adapter,
+            tenant=target.caller.tenant,
             token_ids=prompt.token_ids,
             token_type_ids=prompt.token_type_ids,
             index=index,

@@ -25,6 +25,7 @@ from server.deps import (
     only_classifier,
 )
 from server.errors import ErrorKind, ServiceError
+from server.routes.access import OPEN, Infer
 from server.routes.embeddings import normalized
 from server.routes.errors import error_route
 from server.routes.prompts import run_prompts
@@ -73,21 +74,21 @@ class Info(BaseModel):
 
 
 # One declaration for both places of the name: in the path where the path has it, else in the query.
-def _classifier(engine: EngineDep, model: ModelName | None = None) -> Target:
-    return classifier(engine, model or only_classifier(engine))
+def _classifier(engine: EngineDep, caller: Infer, model: ModelName | None = None) -> Target:
+    return classifier(engine, caller, model or only_classifier(engine, caller))
 
 
-def _encoder(engine: EngineDep, model: ModelName | None = None) -> Target:
-    return encoder(engine, model or only(encoders(engine)))
+def _encoder(engine: EngineDep, caller: Infer, model: ModelName | None = None) -> Target:
+    return encoder(engine, caller, model or only(encoders(engine)))
 
 
-def _either(engine: EngineDep, model: ModelName | None = None) -> Target:
-    target = find_target(engine, model or only(classifiers(engine) or encoders(engine)))
-    return target if target.classifies else encoder(engine, target.name)
+def _either(engine: EngineDep, caller: Infer, model: ModelName | None = None) -> Target:
+    target = find_target(engine, caller, model or only(classifiers(engine, caller) or encoders(engine)))
+    return target if target.classifies else encoder(engine, caller, target.name)
 
 
 @router.post("/predict")
-@router.post("/tei/{model}/predict")
+@router.post("/tei/{model:path}/predict")
 async def predict(
     body: TeiPredictRequest,
     request: Request,
@@ -105,7 +106,7 @@ async def predict(
 
 
 @router.post("/embed")
-@router.post("/tei/{model}/embed")
+@router.post("/tei/{model:path}/embed")
 async def embed(
     body: TeiEmbedRequest,
     request: Request,
@@ -123,7 +124,7 @@ async def embed(
 
 
 @router.get("/info")
-@router.get("/tei/{model}/info")
+@router.get("/tei/{model:path}/info")
 async def info(engine: EngineDep, target: Annotated[Target, Depends(_either)]) -> Info:
     """The model and its limits."""
     settings = engine.settings
@@ -141,8 +142,8 @@ async def info(engine: EngineDep, target: Annotated[Target, Depends(_either)]) -
     )
 
 
-@router.get("/health", response_class=Response)
-@router.get("/tei/{model}/health", response_class=Response)
+@router.get("/health", response_class=Response, dependencies=[OPEN])
+@router.get("/tei/{model:path}/health", response_class=Response, dependencies=[OPEN])
 async def health(engine: EngineDep) -> Response:
     """200 while new requests are welcome."""
     if not engine.ready:

@@ -17,7 +17,7 @@ UNMATCHED = "unmatched"
 def route_template(scope: object) -> str:
     """The path template of the matched route, a bounded label; never the raw URL."""
     route = scope.get("route") if isinstance(scope, dict) else None
-    return str(getattr(route, "path", UNMATCHED))
+    return str(getattr(route, "path_format", UNMATCHED))
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The Open Inference Protocol (v2) over HTTP, as Triton and KServe speak it.
 
-A model is a classification adapter or a bare encoder. Its one version is the digest of its weights.
+A model is a classification adapter or a bare encoder. Its one version is the digest of its weights. The name
+of a tenant's adapter may have the tenant in it, `TENANT/NAME`, with the slash as it is or as `%2F`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
-from server.deps import EngineDep, Target, encoder, find_target
+from server.deps import AccessDep, EngineDep, Target, encoder, find_target, visible
 from server.errors import ErrorKind, ServiceError
+from server.routes.access import OPEN, Infer, ReadAdapters, WriteAdapters
+from server.routes.adapters import Name, load_adapter, remove_adapter
 from server.routes.answers import InferResponse
 from server.routes.embeddings import normalized
 from server.routes.errors import error_route
@@ -116,11 +119,11 @@ def _inlined(schema: Any, definitions: Json) -> Any:
     return {key: _inlined(value, definitions) for key, value in schema.items()}
 
 
-def _target(engine: EngineDep, model: str, version: str | None = None) -> Target:
+def _target(engine: EngineDep, caller: Infer, model: ModelName, version: str | None = None) -> Target:
     """What can be inferred with. Raises ServiceError, 404 for a version that is not there (any more)."""
-    target = find_target(engine, model)
+    target = find_target(engine, caller, model)
     if not target.classifies:
-        target = encoder(engine, model)
+        target = encoder(engine, caller, model)
     if version not in (None, _version(target)):
         message = f"{model!r} has no version {version!r}; it has {_version(target)}"
         raise ServiceError(ErrorKind.MODEL_NOT_FOUND, message, param="version")
@@ -130,26 +133,34 @@ def _target(engine: EngineDep, model: str, version: str | None = None) -> Target
 TargetDep = Annotated[Target, Depends(_target)]
 
 
-@router.get("/v2")
+@router.get("/v2", dependencies=[OPEN])
 async def server_metadata() -> ServerMetadata:
     """This server and the extensions of the protocol that it has."""
     return ServerMetadata(version=package_version("molex-serve"))
 
 
-@router.get("/v2/health/live", response_class=Response)
+@router.get("/v2/health/live", response_class=Response, dependencies=[OPEN])
 async def live(engine: EngineDep) -> Response:
     """200 while the worker runs."""
     return Response(status_code=200 if engine.alive else 503)
 
 
-@router.get("/v2/health/ready", response_class=Response)
+@router.get("/v2/health/ready", response_class=Response, dependencies=[OPEN])
 async def ready(engine: EngineDep) -> Response:
     """200 while new requests are welcome."""
     return Response(status_code=200 if engine.ready else 503)
 
 
-@router.get("/v2/models/{model}")
-@router.get("/v2/models/{model}/versions/{version}")
+# A name may have a slash: what comes after it is to be tried before the name alone.
+@router.get("/v2/models/{model:path}/ready", response_class=Response)
+@router.get("/v2/models/{model:path}/versions/{version}/ready", response_class=Response)
+async def model_ready(_: TargetDep, engine: EngineDep) -> Response:
+    """200 while requests for the model are welcome."""
+    return await ready(engine)
+
+
+@router.get("/v2/models/{model:path}")
+@router.get("/v2/models/{model:path}/versions/{version}")
 async def model_metadata(target: TargetDep) -> ModelMetadata:
     """The tensors of a model."""
     names = ["text", "text_pair"] if target.classifies else ["text"]
@@ -164,15 +175,8 @@ async def model_metadata(target: TargetDep) -> ModelMetadata:
     )
 
 
-@router.get("/v2/models/{model}/ready", response_class=Response)
-@router.get("/v2/models/{model}/versions/{version}/ready", response_class=Response)
-async def model_ready(_: TargetDep, engine: EngineDep) -> Response:
-    """200 while requests for the model are welcome."""
-    return await ready(engine)
-
-
-@router.post("/v2/models/{model}/infer", **_documented(InferRequest, InferResponse))
-@router.post("/v2/models/{model}/versions/{version}/infer", **_documented(InferRequest, InferResponse))
+@router.post("/v2/models/{model:path}/infer", **_documented(InferRequest, InferResponse))
+@router.post("/v2/models/{model:path}/versions/{version}/infer", **_documented(InferRequest, InferResponse))
 async def infer(target: TargetDep, request: Request, engine: EngineDep) -> Response:
     """Classify or embed the BYTES tensor `text`; of pairs, `text_pair` has the second texts."""
     text, binary = _without_binary(await request.body(), request.headers.get(HEADER_LENGTH))
@@ -195,28 +199,34 @@ async def infer(target: TargetDep, request: Request, engine: EngineDep) -> Respo
 
 
 @router.post("/v2/repository/index", **_documented(IndexRequest))
-async def repository_index(request: Request, engine: EngineDep) -> list[ModelIndex]:
+async def repository_index(request: Request, engine: EngineDep, caller: ReadAdapters) -> list[ModelIndex]:
     """The bases and adapters that are loaded, those for generation too."""
     _parse(IndexRequest, await request.body())
     versions = {name: base.model.spec.digest for name, base in engine.bases.items()}
-    versions |= {served.name: served.digest for served in engine.adapters.all()}
+    versions |= {served.name: served.digest for served in visible(engine, caller)}
     return [ModelIndex(name=name, version=_hex(digest)) for name, digest in versions.items()]
 
 
-@router.post("/v2/repository/models/{model}/load", response_class=Response, **_documented(LoadRequest))
-async def load_model(model: str, request: Request, engine: EngineDep) -> Response:
+@router.post("/v2/repository/models/{model:path}/load", response_class=Response, **_documented(LoadRequest))
+async def load_model(
+    model: Name, request: Request, engine: EngineDep, access: AccessDep, caller: WriteAdapters
+) -> Response:
     """Load an adapter, or replace the one of this name."""
     parameters = _parse(LoadRequest, await request.body()).parameters
-    source = parameters.source or model
-    await engine.in_pool(engine.adapters.load_for_caller, model, source, parameters.base)
+    source = parameters.source or model.rpartition("/")[2]
+    await load_adapter(engine, access, caller, model, source, parameters.base)
     return Response()
 
 
-@router.post("/v2/repository/models/{model}/unload", response_class=Response, **_documented(UnloadRequest))
-async def unload_model(model: str, request: Request, engine: EngineDep) -> Response:
+@router.post(
+    "/v2/repository/models/{model:path}/unload", response_class=Response, **_documented(UnloadRequest)
+)
+async def unload_model(
+    model: Name, request: Request, engine: EngineDep, access: AccessDep, caller: WriteAdapters
+) -> Response:
     """Stop serving an adapter; requests in flight finish."""
     _parse(UnloadRequest, await request.body())
-    engine.adapters.remove(model)
+    await remove_adapter(engine, access, caller, model)
     return Response()
 
 

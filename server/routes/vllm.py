@@ -9,6 +9,7 @@ from uuid import uuid4
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
+from server.auth.caller import Caller
 from server.deps import EngineDep, Target, classifier, find_target, only, only_classifier
 from server.engine import Engine
 from server.generation_schemas import (
@@ -17,6 +18,7 @@ from server.generation_schemas import (
     TokenizeRequest,
     TokenizeTextRequest,
 )
+from server.routes.access import OPEN, Infer
 from server.routes.prompts import run_prompts
 from server.schemas import VllmClassifyRequest
 from server.sequence import Sequence
@@ -77,10 +79,10 @@ class Version(BaseModel):
 
 @router.post("/classify")
 async def classify(
-    body: VllmClassifyRequest, request: Request, response: Response, engine: EngineDep
+    body: VllmClassifyRequest, request: Request, response: Response, engine: EngineDep, caller: Infer
 ) -> VllmClassifyResponse:
     """Classify one or more texts. With `use_activation` false, `probs` are logits."""
-    target = classifier(engine, body.model or only_classifier(engine))
+    target = classifier(engine, caller, body.model or only_classifier(engine, caller))
     sequences = await run_prompts(
         engine, target, body.inputs, request, response, truncate=body.truncate_prompt_tokens is not None
     )
@@ -95,28 +97,28 @@ async def classify(
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, engine: EngineDep) -> Tokens:
+async def tokenize(body: TokenizeRequest, engine: EngineDep, caller: Infer) -> Tokens:
     """The tokens of a text, or of a conversation in its chat template."""
-    tokenization = _target(engine, body.model).base.tokenization
+    tokenization = _target(engine, caller, body.model).base.tokenization
     return await engine.in_pool(_tokens, tokenization, body)
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, engine: EngineDep) -> Detokenized:
+async def detokenize(body: DetokenizeRequest, engine: EngineDep, caller: Infer) -> Detokenized:
     """The text of tokens."""
-    tokenization = _target(engine, body.model).base.tokenization
+    tokenization = _target(engine, caller, body.model).base.tokenization
     tokenization.check_vocabulary(body.tokens, "tokens")
     return Detokenized(prompt=await engine.in_pool(tokenization.decode, body.tokens, special=True))
 
 
-@router.get("/version")
+@router.get("/version", dependencies=[OPEN])
 async def show_version() -> Version:
     """The version of this service."""
     return Version(version=version("molex-serve"))
 
 
-def _target(engine: Engine, model: str | None) -> Target:
-    return find_target(engine, model or only(list(engine.bases)))
+def _target(engine: Engine, caller: Caller, model: str | None) -> Target:
+    return find_target(engine, caller, model or only(list(engine.bases)))
 
 
 def _classification(sequence: Sequence, *, raw: bool) -> VllmClassification:

@@ -132,7 +132,8 @@ def test_compose_waits_for_health_and_pins_images():
 def test_the_compose_environment_is_what_the_server_reads(monkeypatch):
     for name, value in COMPOSE["services"]["molex"]["environment"].items():
         monkeypatch.setenv(name, value)
-    settings = Settings()
+    entrypoint = json.loads(re.search(r"^ENTRYPOINT (.*)$", (ROOT / "Dockerfile").read_text(), re.M)[1])
+    settings = Settings(host=entrypoint[entrypoint.index("--host") + 1])
     mounts = _mounts("molex")
     assert set(settings.bases.values()) == {
         f"{mounts['./.models']}/{folder}" for folder in ("e5-small", "smollm2-135m-instruct")

@@ -7,14 +7,20 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 
 from molex import MolexModel, write_adapter
+from scripts.postgres import find_binaries, private_cluster
+from server.auth.access import Access
+from server.catalogue.database import migrate
+from server.catalogue.url import parse_url
 from server.cli import Server
 from server.engine import Engine
 from server.runner import StepOutput
@@ -23,6 +29,8 @@ from server.settings import Settings
 from tests.tiny import molex_config, random_adapter, relabel, tiny_base
 
 DEPTHS = (0, 2, 4)
+PEPPER = "a pepper of the tests, which is long enough"
+NUMBERS = count()
 
 
 @dataclass
@@ -31,6 +39,8 @@ class Live:
 
     engine: Engine
     url: str
+    admin_url: str
+    """Of the second listener, or else of the only one."""
     http: httpx.Client
 
     def post(self, path: str, body: Any) -> httpx.Response:
@@ -66,9 +76,8 @@ class _Announced(Server):
         await super().startup(sockets)
         self.listening.set()
 
-    @property
-    def url(self) -> str:
-        host, port = self.servers[0].sockets[0].getsockname()
+    def url(self, listener: int) -> str:
+        host, port = self.servers[listener].sockets[0].getsockname()
         return f"http://{host}:{port}"
 
 
@@ -77,14 +86,14 @@ def live_server(settings: Settings) -> Iterator[Live]:
     """Run a server in a thread; stop it, requests and all, in the end."""
     engine = Engine.load(settings)
     refused = engine.adapters.load_folder(settings.adapters) if settings.adapters else {}
-    server = _Announced(engine, refused)
+    server = _Announced(engine, Access.load(settings), refused)
     server.listening = Event()
     thread = Thread(target=lambda: asyncio.run(server.serve()), name="server")
     thread.start()
     assert server.listening.wait(60)
     try:
-        with httpx.Client(base_url=server.url, timeout=60) as http:
-            yield Live(engine, server.url, http)
+        with httpx.Client(base_url=server.url(0), timeout=60) as http:
+            yield Live(engine, server.url(0), server.url(-1), http)
     finally:
         server.should_exit = True
         thread.join(60)
@@ -170,6 +179,51 @@ def start() -> Iterator[Callable[[Settings], Live]]:
     """Starts servers that belong to one test."""
     with ExitStack() as stack:
         yield lambda settings: stack.enter_context(live_server(settings))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """The URL of a running PostgreSQL."""
+    binaries = find_binaries()
+    if binaries is None:
+        pytest.skip("no PostgreSQL server is installed")
+    with private_cluster(binaries) as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request, tmp_path) -> sa.URL:
+    """An empty database."""
+    if request.param == "sqlite":
+        return parse_url(f"sqlite:///{tmp_path}/catalogue.db")
+    url = parse_url(request.getfixturevalue("cluster"))
+    name = f"catalogue_{next(NUMBERS)}"
+    engine = sa.create_engine(url.set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return url.set(database=name)
+
+
+@pytest.fixture
+def url(empty_url) -> sa.URL:
+    """A database with the tables of the catalogue."""
+    migrate(empty_url)
+    return empty_url
+
+
+class Clock:
+    """Time that a test sets, in seconds."""
+
+    now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
 
 
 class Brake:

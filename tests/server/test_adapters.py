@@ -130,13 +130,16 @@ def test_an_adapter_for_generation_needs_a_decoder(store, models, tmp_path):
     assert "task_type" in error.message
 
 
-@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "a b", "x" * 129, "é", "a\n"])
+@pytest.mark.parametrize(
+    "name", ["", ".hidden", "A/b", "a/b/c", "a/", "/b", "../b", "..", "a b", "x" * 129, "é", "a\n"]
+)
 def test_names_that_are_unsafe_in_paths_or_logs_are_refused(store, root, name):
     assert refusal(store.load, name, root / "topic").param == "name"
 
 
 def test_the_name_of_a_base_is_taken(store, root):
-    assert refusal(store.load, "enc", root / "topic").kind is ErrorKind.NAME_TAKEN
+    for name in ("enc", "acme/enc"):
+        assert refusal(store.load, name, root / "topic").kind is ErrorKind.NAME_TAKEN
 
 
 def test_an_unknown_base_is_refused(store, root):

@@ -78,7 +78,8 @@ def test_a_port_in_use_ends_the_process(bases, monkeypatch):
 
 def test_every_setting_is_an_option():
     result = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
-    for name in Settings.model_fields:
+    assert "pepper" not in result.output
+    for name in Settings.model_fields.keys() - {"pepper"}:
         flag = "--base" if name == "bases" else "--" + name.replace("_", "-")
         assert flag in result.output
 
@@ -103,8 +104,21 @@ def test_bad_options_are_refused_in_one_line(arguments, code, words, monkeypatch
 
 def test_the_other_commands_are_there():
     result = CliRunner().invoke(app, ["--help"])
-    for command in ("serve", "train", "evaluate", "convert", "merge"):
+    for command in ("serve", "train", "evaluate", "convert", "merge", "config", "tenant", "key", "audit"):
         assert command in result.output
+
+
+def test_the_configuration_is_shown_without_secrets(monkeypatch):
+    monkeypatch.setenv("MOLEX_PEPPER", "pepper" * 6)
+    monkeypatch.setenv("MOLEX_DATABASE", "postgresql://u:hunter2@h/d?password=hunter3")
+    result = CliRunner().invoke(app, ["config", "show", "--base", "a=/x", "--port", "9000"])
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(Settings.model_fields)
+    assert "port = 9000" in lines
+    assert "host = 127.0.0.1  (default)" in lines
+    assert "database = postgresql://u:***@h/d" in lines
+    assert "pepper = **********" in lines
+    assert not {"pepperpepper", "hunter2", "hunter3"} & set(re.findall(r"\w+", result.output))
 
 
 def test_merge_says_what_it_wrote_and_what_is_wrong(bases, adapters_folder, tmp_path):

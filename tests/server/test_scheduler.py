@@ -19,6 +19,7 @@ class Work:
     length: int
     outputs: int = 0
     base: str = "a"
+    tenant: str | None = None
     done: int = 0
     cancelled: bool = False
     pages: int = 1
@@ -42,9 +43,14 @@ class Work:
         return self.done > 0 and self.done >= self.outputs
 
 
-def scheduler(bases="a", *, budget=10, slots=2, queue=100, pages=20) -> Scheduler[Work]:
-    num_pages = dict.fromkeys(bases, pages)
-    return Scheduler(num_pages, max_batch_tokens=budget, max_sequences=slots, max_queue=queue)
+def scheduler(bases="a", *, budget=10, share=1000, slots=2, queue=100, pages=20) -> Scheduler[Work]:
+    return Scheduler(
+        dict.fromkeys(bases, pages),
+        max_batch_tokens=budget,
+        max_tenant_tokens=share,
+        max_sequences=slots,
+        max_queue=queue,
+    )
 
 
 def step(target: Scheduler[Work]) -> list[Work]:
@@ -184,11 +190,99 @@ def test_drop_all_returns_everything():
     assert target.schedule() is None
 
 
+def test_a_flood_of_one_tenant_does_not_hold_up_another():
+    target = scheduler(budget=10, queue=500)
+    target.add([Work(5, tenant="flood") for _ in range(400)])
+    for _ in range(10):
+        step(target)
+    late = Work(5, tenant="late")
+    target.add([late])
+    assert late in step(target)
+
+
+def test_a_tenant_takes_its_share_of_a_step_and_no_more():
+    target = scheduler(budget=100, share=10)
+    target.add([Work(4, tenant="x") for _ in range(5)])
+    target.add([Work(50, tenant="y")])
+    target.add([Work(4) for _ in range(5)])
+    assert [work.tenant for work in step(target)].count("x") == 2
+    assert [(work.tenant, work.length) for work in step(target)] == [("x", 4), ("x", 4)]
+    assert [(work.tenant, work.length) for work in step(target)] == [("x", 4)]
+    assert target.schedule() is None
+
+
+def test_a_flood_of_one_tenant_refuses_nobody_else():
+    target = scheduler(queue=3)
+    target.add([Work(1, tenant="flood") for _ in range(3)])
+    with pytest.raises(ServiceError):
+        target.add([Work(1, tenant="flood")])
+    target.add([Work(1, tenant="late") for _ in range(3)])
+    assert target.num_waiting("a") == 6
+
+
+def test_generations_wait_for_a_slot_in_turns_of_their_tenants():
+    target = scheduler(slots=1)
+    flood = [Work(1, outputs=1, tenant="flood") for _ in range(5)]
+    target.add(flood)
+    step(target)
+    late = Work(1, outputs=1, tenant="late")
+    target.add([late])
+    assert [step(target) for _ in range(3)] == [[late], [flood[1]], [flood[2]]]
+
+
+def test_a_prompt_longer_than_the_share_and_the_budget_runs_in_parts_beside_a_flood():
+    target, long = scheduler(budget=10, share=4), Work(24, tenant="long")
+    target.add([Work(2, tenant="flood") for _ in range(50)])
+    target.add([long])
+    for _ in range(20):
+        step(target)
+    assert long.finished
+
+
+def test_what_is_left_of_a_prompt_in_parts_counts_against_its_tenants_share():
+    target = scheduler(budget=10, share=4)
+    target.add([Work(13, tenant="x"), Work(2, tenant="x"), Work(2, tenant="y")])
+    assert [[work.length for work in step(target)] for _ in range(3)] == [[2], [13], [13]]
+    assert [work.length for work in step(target)] == [2]
+
+
+def test_a_generation_that_waits_for_pages_takes_nothing_of_its_tenants_share():
+    target = scheduler(budget=100, share=10, pages=5, slots=9)
+    running, large = Work(1, outputs=3, pages=5, tenant="y"), Work(9, outputs=1, pages=5, tenant="x")
+    target.add([running])
+    step(target)
+    passing = Work(9, tenant="x")
+    target.add([large, passing])
+    assert step(target) == [running, passing]
+    assert [step(target) for _ in range(2)] == [[running], [large]]
+
+
+def test_a_large_generation_has_its_turn_beside_small_ones_of_another_tenant():
+    target = scheduler(slots=9, pages=5)
+    large = Work(1, outputs=1, pages=5, tenant="large")
+    target.add([Work(1, outputs=2, pages=2, tenant="small") for _ in range(2)])
+    step(target)
+    target.add([large])
+    for _ in range(8):
+        target.add([Work(1, outputs=2, pages=2, tenant="small")])
+        step(target)
+    assert large.finished
+
+
+def test_what_runs_in_parts_is_among_those_that_run():
+    target, long = scheduler(), Work(24)
+    target.add([long, Work(1)])
+    step(target)
+    assert long in target.sequences("a")
+    assert target.running() == [long]
+
+
 work = st.builds(
     Work,
     st.integers(1, 15),
     st.integers(0, 4),
     st.sampled_from("ab"),
+    st.sampled_from([None, "x", "y"]),
     cancelled=st.booleans(),
     pages=st.integers(1, 6),
 )

@@ -54,3 +54,32 @@ def test_callers_may_load_from_the_adapters_folder_unless_told_otherwise():
 def test_bad_settings_are_refused_by_name(arguments, message):
     with pytest.raises(ValidationError, match=message):
         Settings(**arguments)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
+def test_beyond_this_machine_keys_are_needed_or_a_word(host):
+    with pytest.raises(ValidationError, match="--insecure"):
+        Settings(bases=["a=/x"], host=host)
+    with pytest.raises(ValidationError, match="--insecure"):
+        Settings(bases=["a=/x"], admin_host=host, admin_port=9000)
+    assert Settings(bases=["a=/x"], host=host, insecure=True).host == host
+    assert Settings(bases=["a=/x"], host=host, database="sqlite:///c.db", pepper="p" * 32).host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_on_this_machine_no_keys_are_needed(host):
+    assert Settings(bases=["a=/x"], host=host).catalogue is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"database": "sqlite:///c.db"}, "MOLEX_PEPPER"),
+        ({"database": "mysql://x/y", "pepper": "p" * 32}, "'mysql'"),
+        ({"database": "sqlite:///c.db", "pepper": "short"}, "pepper"),
+        ({"admin_port": 8000}, "admin_port"),
+    ],
+)
+def test_a_catalogue_or_listener_that_cannot_work_is_refused(arguments, message):
+    with pytest.raises(ValidationError, match=message):
+        Settings(bases=["a=/x"], **arguments)

@@ -1,0 +1,92 @@
+"""Everything that decides whether a request may go on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+from typing import Any
+
+from server.auth.authenticator import Authenticator
+from server.auth.caller import ANYONE, Caller
+from server.auth.quotas import Quotas
+from server.catalogue.catalogue import Catalogue
+from server.catalogue.records import Scope
+from server.errors import ErrorKind, ServiceError
+from server.settings import Settings
+
+PRIVATE = frozenset({Scope.ADMIN, Scope.ADAPTERS_WRITE, Scope.METRICS})
+"""What the second listener has to itself, where there is one."""
+
+log = logging.getLogger(__name__)
+
+
+class Access:
+    """Keys, quotas, the second listener and the audit log of one server."""
+
+    def __init__(self, catalogue: Catalogue | None = None) -> None:
+        self.quotas = Quotas()
+        self.admin_port: int | None = None
+        """Where the second listener listens, once it does."""
+        self._catalogue = catalogue
+        self._authenticator = None if catalogue is None else Authenticator(catalogue)
+        self._watch: asyncio.Task[None] | None = None
+
+    @classmethod
+    def load(cls, settings: Settings) -> Access:
+        """With the catalogue that the settings name."""
+        return cls(Catalogue(*settings.catalogue) if settings.catalogue else None)
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """Raises ServiceError (404) where there is none."""
+        if self._catalogue is None:
+            message = "this server has no catalogue of tenants: start it with --database"
+            raise ServiceError(ErrorKind.NOT_FOUND, message)
+        return self._catalogue
+
+    async def start(self) -> None:
+        """Raises ServiceError (503) where the catalogue cannot be reached."""
+        if self._authenticator is not None:
+            await self._authenticator.start()
+            now = time.time()
+            if not any(key.state(now) == "live" for key in await self.catalogue.keys()):
+                log.warning("no API key is live: every request is refused until `molex key create` makes one")
+            self._watch = asyncio.create_task(self._authenticator.watch())
+
+    async def stop(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watch
+        if self._catalogue is not None:
+            await self._catalogue.close()
+
+    async def identify(self, authorization: str | None) -> Caller:
+        """Who sent a request with this header; anyone where no keys are needed. Raises ServiceError."""
+        if self._authenticator is None:
+            return ANYONE
+        return await self._authenticator.identify(authorization)
+
+    def answers(self, scope: Scope, port: int) -> bool:
+        """Whether routes of this scope answer on the listener of this port."""
+        return self.admin_port in (None, port) or scope not in PRIVATE
+
+    def changed(self, subject: str) -> None:
+        """Make a change of `key:ID` or `tenant:NAME` count at once."""
+        if self._authenticator is not None:
+            self._authenticator.forget(subject)
+
+    async def record(self, caller: Caller, action: str, subject: str, **detail: Any) -> None:
+        """Add to the audit log what a caller has done.
+
+        Where the catalogue is down the deed stands, since adapters have to be manageable then, and the
+        server's log has the entry.
+        """
+        if self._catalogue is None:
+            return
+        try:
+            await self._catalogue.record(caller.key_id or "server", action, subject, detail)
+        except ServiceError:
+            log.exception("not in the audit log: %s %s %s %s", caller.key_id, action, subject, detail)

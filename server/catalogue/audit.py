@@ -1,0 +1,69 @@
+"""The audit log: who changed what. Each entry carries a hash of itself and of all before it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from sqlalchemy import Row, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from server.catalogue.records import AuditEntry
+from server.catalogue.tables import audit_entries, audit_head
+
+FIRST_HASH = "0" * 64
+"""What stands for the hash of the entry before the first."""
+
+
+def entry_hash(entry: AuditEntry, previous: str) -> str:
+    """SHA-256, in hex, of the hash before and of every field of an entry."""
+    fields = [previous, entry.number, entry.time, entry.actor, entry.action, entry.subject, entry.detail]
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+
+
+async def lock(connection: AsyncConnection) -> None:
+    """Make this transaction the only one that writes. It has to be its first statement."""
+    await connection.execute(update(audit_head).values(id=1))
+
+
+async def append(
+    connection: AsyncConnection,
+    *,
+    time: int,
+    actor: str,
+    action: str,
+    subject: str,
+    detail: Mapping[str, Any],
+) -> AuditEntry:
+    """Add an entry within a transaction that holds the lock."""
+    head = (await connection.execute(select(audit_head.c.number, audit_head.c.hash))).one()
+    text = json.dumps(detail, sort_keys=True)
+    entry = AuditEntry(head.number + 1, time, actor, action, subject, text, "")
+    hashed = entry_hash(entry, head.hash)
+    await connection.execute(insert(audit_entries).values(vars(entry) | {"hash": hashed}))
+    await connection.execute(update(audit_head).values(number=entry.number, hash=hashed))
+    return AuditEntry(**vars(entry) | {"hash": hashed})
+
+
+def first_broken(entries: Iterable[AuditEntry], head: tuple[int, str]) -> str | None:
+    """What is wrong with a whole log, in words; None where every entry follows from the one before.
+
+    `head`: number and hash of the newest entry, as the database keeps them beside the log.
+    """
+    number, previous = 0, FIRST_HASH
+    for entry in entries:
+        number += 1
+        if entry.number != number:
+            return f"entry {number} is missing"
+        if entry.hash != entry_hash(entry, previous):
+            return f"entry {number} was changed, or one before it"
+        previous = entry.hash
+    if (number, previous) != head:
+        return f"the log ends at entry {number}, and its newest was {head[0]}"
+    return None
+
+
+def entries_of(rows: Iterable[Row[Any]]) -> Iterator[AuditEntry]:
+    return (AuditEntry(**row._mapping) for row in rows)

@@ -1,0 +1,81 @@
+"""Connections to the catalogue's database, and its schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.util.exc import CommandError
+from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from server.errors import ErrorKind, ServiceError
+
+MIGRATIONS = Path(__file__).with_name("migrations")
+BUSY_SECONDS = 10
+"""How long a connection waits for a writer in another process."""
+IMMEDIATE = "IMMEDIATE"
+
+
+def connect(url: URL) -> AsyncEngine:
+    """A pool of connections for an event loop."""
+    driver = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}[url.drivername]
+    engine = create_async_engine(url.set(drivername=driver), pool_pre_ping=True, **_options(url))
+    _prepare(engine.sync_engine)
+    return engine
+
+
+def migrate(url: URL) -> None:
+    """Bring the schema to this version. Processes that start together wait for one another.
+
+    Raises ServiceError where the database cannot be opened or was made by a newer version.
+    """
+    engine = create_engine(_sync(url), **_options(url))
+    _prepare(engine)
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    try:
+        with engine.connect().execution_options(sqlite_begin=IMMEDIATE) as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+            connection.commit()
+    except DBAPIError as error:
+        message = f"the catalogue cannot be opened: {error.orig}"
+        raise ServiceError(ErrorKind.CATALOGUE_DOWN, message) from error
+    except CommandError as error:
+        message = "the catalogue was made by a newer version of molex-serve"
+        raise ServiceError(ErrorKind.CATALOGUE_DOWN, message) from error
+    finally:
+        engine.dispose()
+
+
+def _sync(url: URL) -> URL:
+    return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
+
+
+def _options(url: URL) -> dict[str, Any]:
+    if url.drivername == "sqlite":
+        return {"connect_args": {"timeout": BUSY_SECONDS}}
+    return {"connect_args": {"connect_timeout": BUSY_SECONDS}}
+
+
+def _prepare(engine: Engine) -> None:
+    """Make SQLite keep foreign keys, log ahead, and begin transactions where SQLAlchemy says so."""
+    if engine.dialect.name != "sqlite":
+        return
+
+    @event.listens_for(engine, "connect")
+    def _on_connect(connection: Any, _: object) -> None:
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in ("journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def _on_begin(connection: Connection) -> None:
+        mode = connection.get_execution_options().get("sqlite_begin", "")
+        connection.exec_driver_sql(f"BEGIN {mode}")

@@ -1,0 +1,121 @@
+"""Which callers a route lets in. Every route declares it; one that does not is never registered.
+
+A handler asks for its caller, `caller: Infer`; one that lets everybody in has `dependencies=[OPEN]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Send
+from starlette.types import Scope as AsgiScope
+
+from server.auth.access import Access
+from server.auth.caller import Caller
+from server.catalogue.records import Scope
+from server.deps import AccessDep
+from server.errors import ErrorKind, ServiceError, error_of_status
+
+BEARER = HTTPBearer(auto_error=False, description="An API key, where the server has a catalogue of tenants.")
+UNCOUNTED = frozenset({Scope.ADMIN, Scope.METRICS})
+"""What operators do is not held against the quota of a tenant."""
+
+
+class Needs:
+    """A dependency that lets in callers with a scope, within their quota, and gives the caller."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+
+    async def __call__(
+        self, request: Request, access: AccessDep, _: Annotated[object, Depends(BEARER)]
+    ) -> AsyncIterator[Caller]:
+        if not access.answers(self.scope, request.scope["server"][1]):
+            raise error_of_status(404, f"Not Found: {request.method} {request.url.path}")
+        caller: Caller | ServiceError = request.state.caller
+        if isinstance(caller, ServiceError):
+            raise caller
+        if self.scope not in caller.scopes:
+            message = f"the API key has no scope {self.scope}"
+            raise ServiceError(ErrorKind.MISSING_SCOPE, message)
+        if self.scope in UNCOUNTED:
+            yield caller
+            return
+        async with access.quotas.request(caller):
+            yield caller
+
+
+def _let_in() -> None:
+    """Everybody."""
+
+
+OPEN = Depends(_let_in)
+Infer = Annotated[Caller, Depends(Needs(Scope.INFER))]
+ReadAdapters = Annotated[Caller, Depends(Needs(Scope.ADAPTERS_READ))]
+WriteAdapters = Annotated[Caller, Depends(Needs(Scope.ADAPTERS_WRITE))]
+ReadMetrics = Annotated[Caller, Depends(Needs(Scope.METRICS))]
+Administer = Annotated[Caller, Depends(Needs(Scope.ADMIN))]
+
+
+def register(app: FastAPI, router: APIRouter) -> None:
+    """Add a module's routes to the application. Raises TypeError for one that declares nothing."""
+    for route in router.routes:
+        if not isinstance(route, APIRoute) or not any(map(_decides, _dependencies(route.dependant))):
+            raise TypeError(f"{getattr(route, 'path', route)} declares neither a scope nor OPEN")
+    app.include_router(router)
+
+
+def _dependencies(dependant: Dependant) -> Iterator[Dependant]:
+    for dependency in dependant.dependencies:
+        yield dependency
+        yield from _dependencies(dependency)
+
+
+def _decides(dependency: Dependant) -> bool:
+    return dependency.call is _let_in or isinstance(dependency.call, Needs)
+
+
+class Authentication:
+    """Finds out who sends a request, before its body is read.
+
+    The body of somebody unknown is left unread: whatever they send, parsing it is no way to keep the
+    server busy, and the answer is that of `Needs`.
+    """
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        try:
+            state["caller"] = await self._access.identify(Headers(scope=scope).get("authorization"))
+        except ServiceError as error:
+            state["caller"] = error
+            receive = _without_body(receive)
+        await self._app(scope, receive, send)
+
+
+def _without_body(receive: Receive) -> Receive:
+    """What tells of an empty body, and later of the end of the connection."""
+    ended = False
+
+    async def receive_no_body() -> Message:
+        nonlocal ended
+        if not ended:
+            ended = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        while (message := await receive())["type"] == "http.request":
+            pass
+        return message
+
+    return receive_no_body

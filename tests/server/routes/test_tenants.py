@@ -1,0 +1,228 @@
+"""Tenants beside one another: neither sees or touches what is the other's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from pydantic import SecretStr
+
+from server.catalogue.catalogue import Catalogue
+from server.catalogue.database import migrate
+from server.catalogue.records import Scope
+from server.catalogue.url import parse_url
+from tests.server.conftest import PEPPER, Live, live_server
+
+TENANTS = ("acme", "other")
+
+
+@pytest.fixture(scope="module")
+def scene(settings, adapters_folder, tmp_path_factory) -> Iterator[tuple[Live, dict[str, httpx.Client]]]:
+    """A server, and a client for each tenant, whose folder has the adapters `secret` and `topic`."""
+    folder = tmp_path_factory.mktemp("tenants")
+    for tenant in TENANTS:
+        shutil.copytree(adapters_folder / "mood", folder / tenant / "secret")
+        shutil.copytree(adapters_folder / "topic", folder / tenant / "topic")
+    database = f"sqlite:///{folder}/catalogue.db"
+    url = parse_url(database)
+    migrate(url)
+
+    async def tokens() -> list[str]:
+        catalogue = Catalogue(url, PEPPER)
+        made = []
+        for tenant in TENANTS:
+            await catalogue.set_tenant(tenant, {}, actor="test")
+            made.append((await catalogue.create_key(tenant, frozenset(Scope), actor="test"))[1])
+        await catalogue.close()
+        return made
+
+    changes = {"database": database, "pepper": SecretStr(PEPPER), "adapter_root": folder}
+    keys = asyncio.run(tokens())
+    with live_server(settings.model_copy(update=changes)) as live:
+        clients = {
+            tenant: httpx.Client(base_url=live.url, headers={"authorization": f"Bearer {key}"}, timeout=60)
+            for tenant, key in zip(TENANTS, keys, strict=True)
+        }
+        yield live, clients
+        for client in clients.values():
+            client.close()
+
+
+@pytest.fixture
+def acme(scene) -> Iterator[httpx.Client]:
+    """The client of a tenant that has loaded `acme/secret`."""
+    client = scene[1]["acme"]
+    assert client.put("/v1/adapters/secret", json={"source": "secret"}).status_code == 201
+    yield client
+    client.delete("/v1/adapters/secret")
+
+
+@pytest.fixture
+def other(scene) -> httpx.Client:
+    return scene[1]["other"]
+
+
+def names(client: httpx.Client, path: str, field: str) -> set[str]:
+    return {card[field] for card in client.get(path).json()["data"]}
+
+
+def test_lists_show_ones_own_and_what_is_shared(acme, other):
+    assert {"acme/secret", "topic", "enc"} <= names(acme, "/v1/models", "id")
+    assert {"acme/secret", "topic"} <= names(acme, "/v1/adapters", "name")
+    for path, field in (("/v1/models", "id"), ("/v1/adapters", "name")):
+        assert not any(name.startswith("acme/") for name in names(other, path, field))
+
+
+def test_a_short_name_is_ones_own_before_the_shared_one(acme, other):
+    shared = acme.post("/v1/classify", json={"model": "topic", "input": "w1"}).json()
+    assert acme.put("/v1/adapters/topic", json={"source": "secret"}).status_code == 201
+    own = acme.post("/v1/classify", json={"model": "topic", "input": "w1"}).json()
+    full = acme.post("/v1/classify", json={"model": "acme/topic", "input": "w1"}).json()
+    theirs = other.post("/v1/classify", json={"model": "topic", "input": "w1"}).json()
+    assert acme.delete("/v1/adapters/topic").status_code == 204
+    assert own["adapter_digest"] == full["adapter_digest"] != shared["adapter_digest"]
+    assert theirs["adapter_digest"] == shared["adapter_digest"]
+    again = acme.post("/v1/classify", json={"model": "topic", "input": "w1"}).json()
+    assert again["adapter_digest"] == shared["adapter_digest"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/v1/classify", {"model": "NAME", "input": "w1"}),
+        ("POST", "/v1/completions", {"model": "NAME", "prompt": "w1"}),
+        ("POST", "/v1/chat/completions", {"model": "NAME", "messages": [{"role": "user", "content": "w1"}]}),
+        ("POST", "/v1/embeddings", {"model": "NAME", "input": "w1"}),
+        ("POST", "/tei/NAME/predict", {"inputs": "w1"}),
+        ("POST", "/predict?model=NAME", {"inputs": "w1"}),
+        ("GET", "/tei/NAME/info", None),
+        ("POST", "/classify", {"model": "NAME", "input": "w1"}),
+        ("POST", "/tokenize", {"model": "NAME", "prompt": "w1"}),
+        ("POST", "/detokenize", {"model": "NAME", "tokens": [1]}),
+        ("GET", "/v2/models/NAME", None),
+        ("GET", "/v2/models/NAME/ready", None),
+        ("GET", "/v2/models/NAME/versions/1", None),
+        ("GET", "/v2/models/NAME/versions/1/ready", None),
+        ("POST", "/v2/models/NAME/infer", {"inputs": []}),
+        ("POST", "/v2/models/NAME/versions/1/infer", {"inputs": []}),
+        ("POST", "/v2/repository/models/NAME/load", {"parameters": {"source": "secret"}}),
+        ("POST", "/v2/repository/models/NAME/unload", {}),
+        ("GET", "/v1/models/NAME", None),
+        ("GET", "/v1/adapters/NAME", None),
+        ("DELETE", "/v1/adapters/NAME", None),
+        ("PUT", "/v1/adapters/NAME", {"source": "secret"}),
+        ("POST", "/v1/unload_lora_adapter", {"lora_name": "NAME"}),
+        ("POST", "/v1/load_lora_adapter", {"lora_name": "NAME", "lora_path": "secret"}),
+    ],
+)
+def test_a_foreign_adapter_and_a_missing_one_look_the_same(acme, other, method, path, body):
+    def ask(name: str) -> tuple[int, str, set[str]]:
+        content = None if body is None else json.dumps(body).replace("NAME", name)
+        headers = {"content-type": "application/json"}
+        answer = other.request(method, path.replace("NAME", name), content=content, headers=headers)
+        return answer.status_code, answer.text.replace(name, "NAME"), set(answer.headers)
+
+    assert ask("acme/secret") == ask("acme/nothing")
+    assert ask("acme/secret")[0] == 404
+    assert acme.get("/v1/adapters/secret").status_code == 200
+
+
+def test_the_repository_of_v2_shows_ones_own_and_what_is_shared(acme, other):
+    def index(client: httpx.Client) -> set[str]:
+        return {model["name"] for model in client.post("/v2/repository/index", json={}).json()}
+
+    assert {"acme/secret", "topic", "enc"} <= index(acme)
+    assert not any(name.startswith("acme/") for name in index(other))
+
+
+@pytest.mark.parametrize("name", ["secret", "acme/secret", "acme%2Fsecret"])
+def test_v2_knows_an_adapter_by_its_name_with_and_without_the_tenant(acme, name):
+    tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["w1"]}
+    card = acme.get(f"/v2/models/{name}").json()
+    version = f"/v2/models/{name}/versions/{card['versions'][0]}"
+    assert acme.get(version).json() == card
+    for path in (f"/v2/models/{name}", version):
+        assert acme.get(f"{path}/ready").status_code == 200
+        assert acme.post(f"{path}/infer", json={"inputs": [tensor]}).json()["model_name"] == card["name"]
+    assert acme.get(f"/v2/models/{name}/versions/1").status_code == 404
+
+
+def test_v2_loads_and_unloads_ones_own(scene):
+    client = scene[1]["other"]
+    for name in ("topic", "other/topic", "other%2Ftopic"):
+        assert client.post(f"/v2/repository/models/{name}/load", json={}).status_code == 200
+        assert "other/topic" in names(client, "/v1/adapters", "name")
+        assert client.post(f"/v2/repository/models/{name}/unload", json={}).status_code == 200
+        assert "other/topic" not in names(client, "/v1/adapters", "name")
+    refused = client.post("/v2/repository/models/mood/unload", json={})
+    assert (refused.status_code, set(refused.json())) == (403, {"error"})
+
+
+def test_a_model_that_need_not_be_named_is_one_of_those_the_caller_sees(scene, acme, other):
+    """Every caller sees the shared classifiers; how many fit is counted for each alone."""
+    counts = [
+        int(client.post("/predict", json={"inputs": "w1"}).json()["error"].split()[0])
+        for client in scene[1].values()
+    ]
+    assert counts[0] == counts[1] + 1
+    told = [
+        client.post("/classify", json={"input": "w1"}).json()["error"]["message"] for client in (acme, other)
+    ]
+    assert [int(text.split()[0]) for text in told] == counts
+
+
+def test_what_is_shared_is_not_a_tenants_to_remove(acme):
+    refused = acme.delete("/v1/adapters/mood")
+    assert refused.status_code == 403
+    assert refused.json()["error"]["code"] == "forbidden_adapter"
+    assert acme.get("/v1/adapters/mood").status_code == 200
+
+
+@pytest.mark.parametrize("source", ["../other/secret", "..", "/etc", "../acme/../other/topic"])
+def test_a_tenant_loads_from_its_own_folder_alone(acme, source):
+    refused = acme.put("/v1/adapters/x", json={"source": source})
+    assert refused.status_code == 403
+    assert refused.json()["error"]["code"] == "forbidden_source"
+
+
+def test_adapters_are_limited_in_number_and_bytes(acme):
+    size = acme.get("/v1/adapters/secret").json()["bytes"]
+
+    def put(name: str) -> tuple[int, str]:
+        answer = acme.put(f"/v1/adapters/{name}", json={"source": "secret"})
+        return answer.status_code, answer.json().get("error", {}).get("code", "")
+
+    assert acme.put("/v1/tenants/acme", json={"adapters": 1}).is_success
+    assert put("second") == (409, "adapter_quota_exceeded")
+    assert put("secret") == (200, "")
+    acme.put("/v1/tenants/acme", json={"adapters": None, "adapter_bytes": 2 * size - 1})
+    assert put("second") == (409, "adapter_quota_exceeded")
+    acme.put("/v1/tenants/acme", json={"adapter_bytes": 2 * size})
+    assert put("second") == (201, "")
+    assert acme.delete("/v1/adapters/second").status_code == 204
+    acme.put("/v1/tenants/acme", json={"adapter_bytes": None})
+
+
+def test_the_audit_log_tells_who_loaded_what_and_no_text(scene, acme):
+    live, _ = scene
+    acme.post("/v1/classify", json={"model": "secret", "input": "w1 w2 w3"})
+    acme.delete("/v1/adapters/secret")
+    catalogue = Catalogue(parse_url(live.engine.settings.database), PEPPER)
+
+    async def read():
+        try:
+            return await catalogue.entries(), await catalogue.verify()
+        finally:
+            await catalogue.close()
+
+    entries, (_, _, problem) = asyncio.run(read())
+    assert problem is None
+    of_adapter = [entry for entry in entries if entry.subject == "adapter:acme/secret"]
+    assert [entry.action for entry in of_adapter[-2:]] == ["adapter.load", "adapter.remove"]
+    assert json.loads(of_adapter[-1].detail)["digest"].startswith("sha256:")
+    assert {len(entry.actor) for entry in of_adapter} == {16}
+    assert "w1 w2" not in str(entries)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.fair_queue import FairQueue
+
+
+@dataclass(eq=False)
+class Item:
+    tenant: str | None
+    num_new_tokens: int = 1
+
+
+def queue(*items: Item) -> FairQueue[Item]:
+    made: FairQueue[Item] = FairQueue(share=10**9)
+    made.extend(items)
+    return made
+
+
+def drain(target: FairQueue[Item]) -> list[Item]:
+    return [target.pop() for _ in range(len(target))]
+
+
+def tenants(items: list[Item]) -> str:
+    return "".join(str(item.tenant) for item in items)
+
+
+def test_tenants_take_turns():
+    assert tenants(drain(queue(*[Item("a")] * 3, *[Item("b")] * 3))) == "ababab"
+
+
+def test_turns_are_measured_in_tokens():
+    assert tenants(drain(queue(*[Item("a", 30)] * 2, *[Item("b", 10)] * 6))) == "abbbabbb"
+
+
+def test_one_who_comes_late_starts_level_and_has_saved_nothing_up():
+    target = queue(*[Item("a")] * 100)
+    for _ in range(50):
+        target.pop()
+    target.extend([Item("b")] * 50)
+    assert abs(tenants([target.pop() for _ in range(20)]).count("b") - 10) <= 1
+
+
+def test_one_who_comes_back_has_lost_nothing():
+    target = queue(Item("a", 1000))
+    target.pop()
+    target.extend([Item("b")] * 3)
+    target.extend([Item("a")] * 3)
+    assert tenants(drain(target)).count("a") == 3
+
+
+def test_what_is_put_back_is_next_and_not_held_against_its_tenant():
+    target = queue(*[Item("a", 5)] * 3, *[Item("b", 5)] * 3)
+    expected = tenants(drain(queue(*[Item("a", 5)] * 3, *[Item("b", 5)] * 3)))
+    target.put_back([target.set_aside() for _ in range(4)])
+    assert tenants(drain(target)) == expected
+
+
+def test_what_is_not_kept_is_not_held_against_its_tenant():
+    target = queue(*[Item("a", 100)] * 5, Item("a", 1), Item("b", 1))
+    target.keep(lambda item: item.num_new_tokens == 1)
+    assert tenants(drain(target)) == "ab"
+
+
+items = st.lists(st.builds(Item, st.sampled_from("abc"), st.integers(1, 20)), max_size=40)
+
+
+@given(items)
+def test_everything_is_served_and_each_tenants_in_its_order(added):
+    served = drain(queue(*added))
+    for tenant in "abc":
+        mine = [item for item in served if item.tenant == tenant]
+        assert mine == [item for item in added if item.tenant == tenant]
+
+
+@given(items, items)
+def test_while_two_wait_neither_gets_ahead_by_more_than_one_prompt(first, second):
+    target = queue(*first)
+    for _ in range(len(first) // 2):
+        target.pop()
+    target.extend(second)
+    given_tokens: Counter[str | None] = Counter()
+    while target.count("a") and target.count("b"):
+        item = target.pop()
+        given_tokens[item.tenant] += item.num_new_tokens
+        assert abs(given_tokens["a"] - given_tokens["b"]) <= 2 * 20
