@@ -149,7 +149,9 @@ class ModelRunner:
         sequence.start = sequence.num_reused = slot.num_reused
 
     def _keys(self, sequence: Sequence, tokens: Seq[int]) -> list[bytes]:
-        return page_keys(sequence.adapter, sequence.token_ids, tokens) if self._reuses else []
+        if not self._reuses:
+            return []
+        return page_keys(sequence.adapter, sequence.token_ids, tokens, owner=sequence.tenant or "")
 
     def _keep_pages(self, sequence: Sequence, tokens: Seq[int]) -> None:
         """Offer the pages of some first tokens of a sequence to those to come."""

@@ -56,3 +56,11 @@ def test_adapters_share_nothing(adapters):
 
 def test_an_adapter_without_a_digest_shares_nothing(adapters):
     assert page_keys(replace(adapters["lora"], digest=""), range(40), range(40)) == []
+
+
+@pytest.mark.parametrize("kind", ["bare", "lora", "molex"])
+def test_owners_share_nothing(adapters, kind):
+    prompt = range(2 * PAGE_TOKENS)
+    keys = [page_keys(adapters[kind], prompt, prompt, owner=owner) for owner in ("", "acme", "other")]
+    assert len({key for of_owner in keys for key in of_owner}) == 6
+    assert page_keys(adapters[kind], prompt, prompt, owner="acme") == keys[1]

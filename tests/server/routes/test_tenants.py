@@ -175,6 +175,18 @@ def test_a_model_that_need_not_be_named_is_one_of_those_the_caller_sees(scene, a
     assert [int(text.split()[0]) for text in told] == counts
 
 
+def test_a_tenant_cannot_tell_what_another_has_asked(acme, other):
+    body = {"model": "dec", "prompt": "w1 w2 w3 w4 " * 12, "max_tokens": 1, "ignore_eos": True}
+
+    def cached(client: httpx.Client) -> int:
+        answer = client.post("/v1/completions", json=body).json()
+        return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert cached(acme) == 0
+    assert cached(acme) > 0
+    assert cached(other) == 0
+
+
 def test_what_is_shared_is_not_a_tenants_to_remove(acme):
     refused = acme.delete("/v1/adapters/mood")
     assert refused.status_code == 403
