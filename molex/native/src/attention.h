@@ -28,11 +28,15 @@ struct AttentionShape {
 
 // The keys lo..hi of a tile, by their places in it, that a query may see.
 struct Visible {
-  Visible(const AttentionShape& shape, int64_t query, int64_t first_key, int64_t keys) : lo(0), hi(keys) {
-    if (shape.causal) hi = std::clamp(query + 1 - first_key, int64_t{0}, keys);
-    if (shape.window) lo = std::clamp(query + 1 - shape.window - first_key, int64_t{0}, hi);
+  Visible(const AttentionShape& shape, int64_t query, int64_t first_key, int64_t keys) {
+    int64_t end = keys, begin = 0;
+    if (shape.causal) end = std::clamp(query + 1 - first_key, int64_t{0}, keys);
+    if (shape.window) begin = std::clamp(query + 1 - shape.window - first_key, int64_t{0}, end);
+    lo = static_cast<int32_t>(begin), hi = static_cast<int32_t>(end);
   }
-  int64_t lo, hi;
+  bool has(int32_t key) const { return lo <= key && key < hi; }
+
+  int32_t lo = 0, hi = 0;
 };
 
 // A kernel is compiled for each number of keys: three have to do.
@@ -42,14 +46,18 @@ inline int64_t padded_keys(int64_t keys) { return keys <= 16 ? 16 : (keys <= 32 
 struct HeadMemory {
   template <class T>
   void load(const T* keys, const T* values, int64_t stride, int64_t count, int64_t dim) {
-    const int64_t tiles = (count + kKeys - 1) / kKeys;
-    transposed.assign(tiles * kKeys * dim, 0.0f);
-    rows.assign(tiles * kKeys * dim, 0.0f);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t tile = i / kKeys, width = padded_keys(std::min(kKeys, count - tile * kKeys));
-      float* column = transposed.data() + tile * kKeys * dim + i % kKeys;
-      for (int64_t c = 0; c < dim; ++c) column[c * width] = static_cast<float>(keys[i * stride + c]);
+    const int64_t room = (count + kKeys - 1) / kKeys * kKeys * dim;
+    if (static_cast<int64_t>(rows.size()) < room) transposed.resize(room), rows.resize(room);
+    for (int64_t i = 0; i < count; ++i)
       for (int64_t c = 0; c < dim; ++c) rows[i * dim + c] = static_cast<float>(values[i * stride + c]);
+    for (int64_t first = 0; first < count; first += kKeys) {
+      const int64_t tile = std::min(kKeys, count - first), width = padded_keys(tile);
+      float* columns = transposed.data() + first * dim;
+      for (int64_t i = 0; i < tile; ++i)
+        for (int64_t c = 0; c < dim; ++c)
+          columns[c * width + i] = static_cast<float>(keys[(first + i) * stride + c]);
+      for (int64_t c = 0; c < dim; ++c) std::fill(columns + c * width + tile, columns + (c + 1) * width, 0.0f);
+      std::fill(rows.data() + (first + tile) * dim, rows.data() + (first + width) * dim, 0.0f);
     }
   }
   std::vector<float> transposed, rows;
@@ -59,28 +67,32 @@ struct HeadMemory {
 // Gimelshein, 2018): outputs are sums of values times exp(score − largest), to be divided by `total`.
 struct Softmax {
   void start(int64_t rows, int64_t dim) {
-    queries.resize(kMaxRows * dim), outputs.assign(kMaxRows * dim, 0.0f);
-    scores.resize(kMaxRows * kKeys);
+    queries.resize(kMaxRows * dim), outputs.resize(kMaxRows * dim), scores.resize(kMaxRows * kKeys);
+    std::fill_n(outputs.data(), padded_rows(rows) * dim, 0.0f);
     std::fill_n(largest, rows, -std::numeric_limits<float>::infinity());
     std::fill_n(total, rows, 0.0f);
   }
 
   // Turn the scores of a row into weights, and scale what was summed up before to the new maximum.
-  void weigh(int64_t row, const Visible& visible, int64_t padded, int64_t dim) {
+  // The loops run over padding too: a number of keys that is no whole number of vectors would end one by one.
+  void weigh(int64_t row, const Visible& visible, int32_t padded, int64_t dim) {
     float* x = scores.data() + row * padded;
     float most = largest[row];
-    for (int64_t j = visible.lo; j < visible.hi; ++j) most = x[j] > most ? x[j] : most;
-    if (visible.lo < visible.hi && most > largest[row] && total[row] != 0.0f) {
+#pragma omp simd reduction(max : most)
+    for (int32_t j = 0; j < padded; ++j) most = visible.has(j) && x[j] > most ? x[j] : most;
+    if (most > largest[row] && total[row] != 0.0f) {
       const float factor = exponential(largest[row] - most);
       total[row] *= factor;
       for (int64_t c = 0; c < dim; ++c) outputs[row * dim + c] *= factor;
     }
     largest[row] = most;
     float sum = 0.0f;
-    std::fill(x, x + visible.lo, 0.0f);
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = visible.lo; j < visible.hi; ++j) sum += x[j] = exponential(x[j] - most);
-    std::fill(x + visible.hi, x + padded, 0.0f);
+    for (int32_t j = 0; j < padded; ++j) {
+      const float weight = exponential(x[j] - most);
+      x[j] = visible.has(j) ? weight : 0.0f;
+      sum += x[j];
+    }
     total[row] += sum;
   }
 
