@@ -64,6 +64,15 @@ class KVStreams:
         return self.cache.read(heads)[:, :, :length]
 
 
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Of a layer: its number of key heads, what scores are multiplied by, how many tokens a token sees."""
+
+    num_kv_heads: int
+    scaling: float
+    window: int | None
+
+
 def packed_attention(
     heads: Tensor,
     num_kv_heads: int,
@@ -101,6 +110,13 @@ def packed_attention(
         return output
     wanted = packed.restored if rows is None else packed.restored[rows]
     return output.index_select(0, torch.from_numpy(wanted).to(output.device))
+
+
+def attend(
+    heads: Tensor, packed: Packed, kv: KVStreams | None, options: AttentionOptions, rows: Indices
+) -> Tensor:
+    """`packed_attention` of a layer with these options, for the tokens `rows`."""
+    return packed_attention(heads, options.num_kv_heads, packed, kv, options.scaling, options.window, rows)
 
 
 def _widened(x: Tensor) -> Tensor:

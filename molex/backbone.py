@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import rotate_half
 
-from molex.attention import KVStreams
+from molex.attention import AttentionOptions, KVStreams
 from molex.errors import BaseModelError
 from molex.family import FAMILIES, attention_options
 from molex.heads import HeadKind
@@ -84,7 +84,10 @@ class Backbone:
         self.pooler = _pooler(base) if has_pooler else None
         self._digest = _digest(model)
         blocks = list(attrgetter(self.family.layers)(base))
-        self._attention = [attention_options(block, self.family, self.config) for block in blocks]
+        self._attention = [
+            AttentionOptions(self.num_kv_heads, *attention_options(block, self.family, self.config))
+            for block in blocks
+        ]
         other = None if routed_dtype in (None, base.dtype) else copied(blocks, routed_dtype)
         self._outside_layers = _nbytes(model) - sum(map(_nbytes, blocks))
         self.stock_blocks = blocks
@@ -225,8 +228,7 @@ class Backbone:
         heads = projected.view(len(projected), -1, self.head_dim)
         if rotary is not None:
             heads = _rotated(heads, self.num_kv_heads, *rotary)
-        scaling, window = self._attention[number]
-        return layers.attend(heads, self.num_kv_heads, packed, kv, scaling, window, rows).flatten(-2)
+        return layers.attend(heads, packed, kv, self._attention[number], rows).flatten(-2)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm after the last layer, where the family has one."""

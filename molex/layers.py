@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from molex.attention import KVStreams, packed_attention
+from molex.attention import AttentionOptions, KVStreams, attend
 from molex.family import Family
 from molex.gate import Gate, gate_logits
 from molex.lora import ActiveLora, AdaptedLinear, LoraSwitch
@@ -45,14 +45,7 @@ class Layers(Protocol):
         """The second half, from what attention returned for the rows: each call's output [rows, d]."""
 
     def attend(
-        self,
-        heads: Tensor,
-        num_kv_heads: int,
-        packed: Packed,
-        kv: KVStreams | None,
-        scaling: float,
-        window: int | None,
-        rows: Indices,
+        self, heads: Tensor, packed: Packed, kv: KVStreams | None, options: AttentionOptions, rows: Indices
     ) -> Tensor:
         """What lies between the halves; see `packed_attention`."""
 
@@ -125,16 +118,9 @@ class StockLayers:
         ]
 
     def attend(
-        self,
-        heads: Tensor,
-        num_kv_heads: int,
-        packed: Packed,
-        kv: KVStreams | None,
-        scaling: float,
-        window: int | None,
-        rows: Indices,
+        self, heads: Tensor, packed: Packed, kv: KVStreams | None, options: AttentionOptions, rows: Indices
     ) -> Tensor:
-        return packed_attention(heads, num_kv_heads, packed, kv, scaling, window, rows)
+        return attend(heads, packed, kv, options, rows)
 
     def gate_logits(
         self, gates: Sequence[Gate], lengths: Sequence[Sequence[int]], hidden: Tensor, tokens: Tensor

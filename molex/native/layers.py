@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from molex.attention import KVStreams, packed_attention
+from molex.attention import AttentionOptions, KVStreams, attend
 from molex.family import Family
 from molex.gate import Gate, LinearGate, gate_logits
 from molex.lora import AdaptedLinear, BatchLora, LoraWeights
@@ -123,22 +123,15 @@ class NativeLayers:
         return outputs
 
     def attend(
-        self,
-        heads: Tensor,
-        num_kv_heads: int,
-        packed: Packed,
-        kv: KVStreams | None,
-        scaling: float,
-        window: int | None,
-        rows: Indices,
+        self, heads: Tensor, packed: Packed, kv: KVStreams | None, options: AttentionOptions, rows: Indices
     ) -> Tensor:
         if packed.past.any():
-            return packed_attention(heads, num_kv_heads, packed, kv, scaling, window, rows)
+            return attend(heads, packed, kv, options, rows)
         if kv is not None:
-            kv.write(heads[:, -2 * num_kv_heads :])
+            kv.write(heads[:, -2 * options.num_kv_heads :])
         offsets = torch.from_numpy(np.append(packed.offsets, packed.num_tokens))
         output: Tensor = torch.ops.molex.attend(
-            heads, offsets, num_kv_heads, scaling, packed.causal, window or 0
+            heads, offsets, options.num_kv_heads, options.scaling, packed.causal, options.window or 0
         )
         return output if len(rows) == len(output) else output.index_select(0, torch.from_numpy(rows))
 
