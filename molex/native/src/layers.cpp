@@ -135,7 +135,7 @@ class Layers {
     Tensor result = at::empty({rows.size(0), outputs}, hidden.options());
     for_each_block<Scratch<T>>(pass.blocks.size(), [&](int64_t i, const Team& team, Scratch<T>& s) {
       const Rows& block = pass.blocks[i];
-      const BlockUpdates updates = pass.updates(block, sites_of_layer());
+      const BlockUpdates updates = pass.updates(block, sites_);
       const Layer& layer = layers_[block.layer];
       if (team.rank == 0) s.x.resize(kMaxRows, width), s.hidden.resize(kMaxRows * width);
       team.barrier();
@@ -184,8 +184,6 @@ class Layers {
 
   static void clear_tail(Operand<T>& x, int64_t r) { std::fill(x.row(r) + x.columns, x.row(r) + x.stride, T(0)); }
 
-  int64_t sites_of_layer() const { return sites_; }
-
   void finish_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Tensor& attended,
                     const Pass& pass, const Team& team, Scratch<T>& s, Tensor& result) const;
 
@@ -202,7 +200,7 @@ template <class T>
 void Layers<T>::finish_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Tensor& attended,
                              const Pass& pass, const Team& team, Scratch<T>& s, Tensor& result) const {
   const Layer& layer = layers_[block.layer];
-  const BlockUpdates updates = pass.updates(block, sites_of_layer());
+  const BlockUpdates updates = pass.updates(block, sites_);
   const int64_t width = hidden.size(1), inner = layer.down.inputs;
   if (team.rank == 0) {
     s.x.resize(kMaxRows, std::max(width, attended.size(1)));

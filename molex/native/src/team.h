@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
 #include <omp.h>
 
 #include <algorithm>
@@ -55,6 +56,8 @@ void for_each_block(int64_t count, const Work& work) {
     } else {
       for (int64_t i = next++; i < count; i = next++) work(i, Team{}, scratch[rank]);
     }
+    // `brgemm` leaves the tiles of AMX set up for its last product, which oneDNN's other products must not find.
+    at::native::cpublas::brgemm_release();
   }
 }
 
