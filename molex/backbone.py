@@ -149,6 +149,11 @@ class Backbone:
         return len(set(self._attention)) == 1
 
     @property
+    def attention_options(self) -> AttentionOptions:
+        """Of all layers, where they share attention."""
+        return self._attention[0]
+
+    @property
     def nbytes(self) -> int:
         """Of all weights, in memory."""
         return self._outside_layers + sum(layers.nbytes for layers in {self.own, self.routed})

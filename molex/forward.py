@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from molex.adapter import Adapter
 from molex.attention import KVPlan, KVStreams
 from molex.backbone import Backbone
-from molex.kv_cache import KVCache, pages_for
+from molex.kv_cache import KVCache
 from molex.layers import Layers
 from molex.lora import BatchLora
 from molex.mixing import mix
@@ -39,15 +40,21 @@ class LayerCall:
 class Arrangement:
     """The tokens of several layer calls side by side; the same at all depths where the requests are.
 
-    `tokens` are their places in the batch; `packed`, `rotary` and `kv` describe them, `stage` reads all of
-    them.
+    `tokens` are their places in the batch; `packed` and `rotary` describe them, `stage` reads all of them.
+    `pages` [r, n] are those of the stream of each request that a call runs, as `KVPlan` wants them.
     """
 
     tokens: Indices
     packed: Packed
     rotary: tuple[Tensor, Tensor] | None
-    kv: KVPlan | None
+    pages: Indices
+    num_kv_heads: int
     stage: Stage
+
+    @cached_property
+    def kv(self) -> KVPlan | None:
+        """Where keys and values are kept; None where no request keeps any."""
+        return KVPlan(self.packed, self.pages, self.num_kv_heads) if (self.pages >= 0).any() else None
 
 
 class Forward:
@@ -128,7 +135,7 @@ class Forward:
         last = depth == self.backbone.num_layers - 1
         outputs = [
             output
-            for layers, calls in self._calls(depth, plan)
+            for layers, calls in self.calls(depth, plan)
             for output in self._run(depth, layers, calls, hidden.to(self._dtypes[layers]), last=last)
         ]
         if plan.own is None:
@@ -136,7 +143,7 @@ class Forward:
         layout = self._result if last else self.packed
         return mix(layout, plan, outputs[0], outputs[1:], self.backbone.own.weighted_sum)
 
-    def _calls(self, depth: int, plan: RoutePlan) -> list[tuple[Layers, list[LayerCall]]]:
+    def calls(self, depth: int, plan: RoutePlan) -> list[tuple[Layers, list[LayerCall]]]:
         """The own layer and the routed ones, those side by side that can share attention."""
         own, routed = self.backbone.own, self.backbone.routed
         first = LayerCall(depth, self._everyone, np.zeros_like(self._everyone))
@@ -151,7 +158,7 @@ class Forward:
         self, depth: int, layers: Layers, calls: Sequence[LayerCall], hidden: Tensor, *, last: bool
     ) -> Sequence[Tensor]:
         """The outputs of several layers, with one attention over all their rows."""
-        arranged = self._arranged(calls, layers)
+        arranged = self.arranged(calls, layers)
         numbers = [call.layer for call in calls]
         stage = arranged.stage
         projected = layers.project(stage, numbers, hidden)
@@ -168,7 +175,8 @@ class Forward:
         )
         return layers.finish(stage, numbers, hidden, attended)
 
-    def _arranged(self, calls: Sequence[LayerCall], layers: Layers) -> Arrangement:
+    def arranged(self, calls: Sequence[LayerCall], layers: Layers) -> Arrangement:
+        """The tokens of calls that share attention."""
         key = layers, tuple(indices.tobytes() for call in calls for indices in (call.requests, call.choices))
         if key not in self._arrangements:
             self._arrangements[key] = self._arrange(calls, layers)
@@ -184,8 +192,7 @@ class Forward:
             rotary = rotary[0].index_select(0, at), rotary[1].index_select(0, at)
         stage = self._stage(calls, layers, self.packed, tokens, np.arange(len(tokens)))
         pages = self._pages[requests, np.concatenate([call.choices for call in calls])]
-        kv = KVPlan(packed, pages, self.backbone.num_kv_heads) if (pages >= 0).any() else None
-        return Arrangement(tokens, packed, rotary, kv, stage)
+        return Arrangement(tokens, packed, rotary, pages, self.backbone.num_kv_heads, stage)
 
     def _stage(
         self,
@@ -245,11 +252,11 @@ def _page_table(rows: Sequence[Row]) -> Indices:
     """The pages [r, streams, n] of each row's slot, as `KVPlan` wants those of a stream."""
     slots = [row.slot for row in rows]
     streams = max(row.adapter.num_streams for row in rows)
-    most = max(pages_for(row.start + len(row.token_ids)) for row in rows)
+    most = max((slot.pages.shape[1] for slot in slots if slot is not None), default=1)
     table = np.full((len(rows), streams, most), -1)
     for kept, slot in zip(table, slots, strict=True):
         if slot is not None:
-            pages = slot.pages[:streams, :most]
+            pages = slot.pages[:streams]
             kept[: len(pages), : pages.shape[1]] = pages
             kept[: len(pages), pages.shape[1] :] = pages[:, -1:]
     return table

@@ -21,15 +21,21 @@ def mix(
     `own` [m, d] is the output of the own layer on the n ≤ m tokens of `layout`, `routed` those of the layers
     in `plan.groups` on the tokens of their requests. All may have rows of padding behind.
     """
+    terms = terms_of(layout, plan, len(own), [len(output) for output in routed])
+    return weighted_sum(own, torch.cat(list(routed)) if routed else own[:0], terms)
+
+
+def terms_of(layout: Packed, plan: RoutePlan, count: int, sizes: Sequence[int]) -> Terms:
+    """What `mix` adds up in `count` rows, where the outputs of the routed layers have `sizes` rows."""
     assert plan.own is not None
-    tokens = np.minimum(np.arange(len(own)), layout.num_tokens - 1)
+    device = plan.own.device
+    tokens = np.minimum(np.arange(count), layout.num_tokens - 1)
     owners = layout.owners[tokens]
-    rows, visits = _visits(layout, plan, [len(output) for output in routed], tokens, owners)
+    rows, visits = _visits(layout, plan, sizes, tokens, owners)
     weights = plan.own.new_zeros(rows.shape)
     if plan.weights is not None and len(plan.weights):
-        weights = plan.weights[_tensor(np.maximum(visits, 0), own)]
-    terms = Terms(plan.own[_tensor(owners, own)], _tensor(rows, own), weights)
-    return weighted_sum(own, torch.cat(list(routed)) if routed else own[:0], terms)
+        weights = plan.weights[_tensor(np.maximum(visits, 0), device)]
+    return Terms(plan.own[_tensor(owners, device)], _tensor(rows, device), weights)
 
 
 def _visits(
@@ -55,5 +61,5 @@ def _visit_starts(layout: Packed, plan: RoutePlan, sizes: Sequence[int]) -> Indi
     return np.concatenate(starts)
 
 
-def _tensor(indices: Indices, like: Tensor) -> Tensor:
-    return torch.from_numpy(indices).to(like.device)
+def _tensor(indices: Indices, device: torch.device) -> Tensor:
+    return torch.from_numpy(indices).to(device)

@@ -19,11 +19,12 @@ from torch import Tensor
 from molex.adapter import BARE, Adapter
 from molex.adapter_file import read_adapter
 from molex.backbone import Backbone, BaseSpec
+from molex.decoding import Decoding, can_decode, is_decoding
 from molex.errors import InputError
 from molex.forward import Forward
 from molex.kv_cache import KVCache
 from molex.lora import BatchLora
-from molex.passes import Pass, RunOutput, RunStats
+from molex.passes import Pass, RunOutput, RunStats, joined
 from molex.routing import flat_route
 from molex.row import Row, check
 
@@ -54,6 +55,7 @@ class MolexModel:
         self.backbone = backbone
         self._adapters: dict[str, Adapter] = {}
         self._stacks = Stacks([], BatchLora([]))
+        self._decoding: Decoding | None = None
 
     @classmethod
     def from_pretrained(
@@ -177,12 +179,37 @@ class MolexModel:
 
         Takes gradients where the caller enables them. `cache` keeps keys and values of the rows that have a
         slot. `lm_logits` chooses between the next-token logits and those of every token.
+
+        Where the kernels can, generations that run go through all depths in one call, and the other rows
+        through a pass of their own.
         """
         if not rows:
             return RunOutput([], [], torch.zeros(()), RunStats(0, 0, 0))
+        if cache is None or lm_logits == "all" or not can_decode(self.backbone):
+            return self._run_pass(rows, cache, lm_logits)
+        running = [i for i, row in enumerate(rows) if is_decoding(row)]
+        others = [i for i, row in enumerate(rows) if not is_decoding(row)]
+        outputs = []
+        if running:
+            outputs.append(self._decode([rows[i] for i in running], cache))
+        if others:
+            outputs.append(self._run_pass([rows[i] for i in others], cache, lm_logits))
+        return outputs[0] if len(outputs) == 1 else joined(outputs, [*running, *others])
+
+    def _run_pass(
+        self, rows: Sequence[Row], cache: KVCache | None, lm_logits: Literal["last", "all"]
+    ) -> RunOutput:
         forward = self.begin(rows, cache, lm_logits)
         forward.advance(forward.depths_left)
         return forward.output()
+
+    def _decode(self, rows: Sequence[Row], cache: KVCache) -> RunOutput:
+        for number, row in enumerate(rows):
+            check(number, row, self.spec, cache)
+        if self._decoding is None or not self._decoding.serves(rows, cache):
+            adapters = distinct_adapters(rows)
+            self._decoding = Decoding(rows, adapters, self._lora_of(adapters), cache, self.backbone)
+        return self._decoding.step(rows)
 
     def begin(
         self,
@@ -193,7 +220,7 @@ class MolexModel:
         """A forward pass as in `run` that has not run through any depth yet."""
         for number, row in enumerate(rows):
             check(number, row, self.spec, cache)
-        adapters = list({id(row.adapter): row.adapter for row in rows}.values())
+        adapters = distinct_adapters(rows)
         forward = Forward(rows, adapters, self._lora_of(adapters), cache, self.backbone, lm_logits)
         return Pass(forward, lm_logits)
 
@@ -207,6 +234,10 @@ class MolexModel:
             )
             self._stacks = stacks
         return stacks.lora
+
+
+def distinct_adapters(rows: Sequence[Row]) -> list[Adapter]:
+    return list({id(row.adapter): row.adapter for row in rows}.values())
 
 
 def _forget_stacks(model: ReferenceType[MolexModel], _: ReferenceType[Adapter]) -> None:

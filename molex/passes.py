@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +35,19 @@ class RunOutput:
     routes: list[Route]
     balance_loss: Tensor
     stats: RunStats
+
+
+def joined(outputs: Sequence[RunOutput], places: Sequence[int]) -> RunOutput:
+    """One output of passes that ran one after the other, whose rows belong at `places`."""
+    logits = dict(zip(places, (values for o in outputs for values in o.logits), strict=True))
+    routes = dict(zip(places, (route for o in outputs for route in o.routes), strict=True))
+    stats = RunStats(
+        sum(output.stats.tokens for output in outputs),
+        sum(output.stats.distinct_adapters for output in outputs),
+        sum(output.stats.distinct_layers for output in outputs),
+    )
+    order = range(len(places))
+    return RunOutput([logits[i] for i in order], [routes[i] for i in order], outputs[0].balance_loss, stats)
 
 
 class Pass:

@@ -73,7 +73,7 @@ class NativeLayers:
         norm_after = family.norm_before is None
         eps = _eps(blocks[0].get_submodule(family.norms[0]))
         activation = ACTIVATIONS[getattr(config, family.activation)]
-        self._packed = torch.classes.molex.PackedLayers(
+        self.packed = torch.classes.molex.PackedLayers(
             self.dtype == torch.bfloat16, activation, len(family.up) == 2, norm_after, eps, len(names)
         )
         for block in blocks:
@@ -91,7 +91,7 @@ class NativeLayers:
             sites = [self._places[name] for name in names]
             linears.append(pack(modules, sites, gated=number == 2 and len(names) == 2, int8=int8))
         norms = [_norm(block.get_submodule(name)) for name in family.norms]
-        self._packed.add([linear.tensors for linear in linears], [linear.inputs for linear in linears], norms)
+        self.packed.add([linear.tensors for linear in linears], [linear.inputs for linear in linears], norms)
         self.nbytes += sum(linear.nbytes for linear in linears)
         self.nbytes += sum(tensor.nbytes for norm in norms for tensor in norm)
 
@@ -104,21 +104,21 @@ class NativeLayers:
         return [size for size in sizes if size <= max_rows]
 
     def project(self, stage: Stage, numbers: Sequence[int], hidden: Tensor) -> Tensor:
-        result: Tensor = self._packed.project(
+        result: Tensor = self.packed.project(
             hidden,
             stage.tokens,
-            _calls(stage, numbers),
+            calls_of(stage, numbers),
             stage.runs_side_by_side,
-            self._factors_of(stage.lora),
+            self.factors_of(stage.lora),
         )
         return result
 
     def finish(
         self, stage: Stage, numbers: Sequence[int], hidden: Tensor, attended: Tensor
     ) -> Sequence[Tensor]:
-        calls, runs = _calls(stage, numbers), stage.runs_side_by_side
-        factors = self._factors_of(stage.lora)
-        result: Tensor = self._packed.finish(hidden, stage.tokens, attended, calls, runs, factors)
+        calls, runs = calls_of(stage, numbers), stage.runs_side_by_side
+        factors = self.factors_of(stage.lora)
+        result: Tensor = self.packed.finish(hidden, stage.tokens, attended, calls, runs, factors)
         outputs: Sequence[Tensor] = result.split(list(stage.sizes))
         return outputs
 
@@ -159,7 +159,7 @@ class NativeLayers:
         )
         return result
 
-    def _factors_of(self, lora: BatchLora) -> Tensor:
+    def factors_of(self, lora: BatchLora) -> Tensor:
         """The tables of the batch's adapters [members, sites, 5]."""
         if self._factors is None or self._factors[0]() is not lora:
             tables = [self._table(weights).fields for weights in lora.adapters]
@@ -191,7 +191,8 @@ def _is_linear(gate: Gate) -> bool:
     return isinstance(gate, LinearGate) and gate.weight.dtype == torch.float32 and gate.weight.is_contiguous()
 
 
-def _calls(stage: Stage, numbers: Sequence[int]) -> Tensor:
+def calls_of(stage: Stage, numbers: Sequence[int]) -> Tensor:
+    """The layer and the number of rows of each call [c, 2]."""
     return torch.tensor([numbers, stage.counts]).T
 
 

@@ -10,7 +10,9 @@
 #include <vector>
 
 #include "attention.h"
+#include "decoding.h"
 #include "linear.h"
+#include "pass.h"
 #include "rows.h"
 
 namespace molex {
@@ -65,50 +67,6 @@ struct Layer {
   NormWeights first, second;
 };
 
-// One layer call's part of a pass, or a block of it: rows begin..end of those side by side.
-struct Rows {
-  int64_t layer, begin, end;
-};
-
-// What a pass hands over beside hidden states.
-struct Pass {
-  Pass(const Tensor& calls, const Tensor& runs_, const Tensor& factors_, int64_t sites);
-
-  BlockUpdates updates(const Rows& block, int64_t sites_of_layer) const;
-
-  std::vector<Rows> blocks;
-  std::vector<Run> runs;
-  Tensor factors;
-  int64_t sites;
-};
-
-Pass::Pass(const Tensor& calls, const Tensor& runs_, const Tensor& factors_, int64_t sites_)
-    : factors(factors_), sites(sites_) {
-  auto call = calls.accessor<int64_t, 2>();
-  int64_t begin = 0;
-  for (int64_t i = 0; i < call.size(0); ++i) {
-    const int64_t rows = call[i][1], cuts = (rows + kMaxRows - 1) / kMaxRows;
-    for (int64_t cut = 0; cut < cuts; ++cut)
-      blocks.push_back({call[i][0], begin + rows * cut / cuts, begin + rows * (cut + 1) / cuts});
-    begin += rows;
-  }
-  auto run = runs_.accessor<int64_t, 2>();
-  for (int64_t i = 0; i < run.size(0); ++i) runs.push_back({run[i][0], run[i][1], run[i][2]});
-}
-
-BlockUpdates Pass::updates(const Rows& block, int64_t sites_of_layer) const {
-  BlockUpdates updates{block.begin, block.end - block.begin};
-  updates.factors = reinterpret_cast<const Factors*>(factors.const_data_ptr<int64_t>());
-  updates.sites_per_member = sites;
-  updates.first_site = block.layer * sites_of_layer;
-  auto run = std::upper_bound(
-      runs.begin(), runs.end(), block.begin, [](int64_t row, const Run& r) { return row < r.end; });
-  for (; run != runs.end() && run->begin < block.end; ++run)
-    updates.runs.push_back(
-        {run->member, std::max(run->begin - block.begin, int64_t{0}), std::min(run->end, block.end) - block.begin});
-  return updates;
-}
-
 // What one team needs for a block.
 template <class T>
 struct Scratch {
@@ -128,34 +86,9 @@ class Layers {
 
   // Rows `rows` of hidden [m, d] → queries, keys and values side by side [n, e].
   Tensor project(const Tensor& hidden, const Tensor& rows, const Pass& pass) const {
-    const int64_t width = layers_[0].project.inputs;
-    int64_t outputs = 0;
-    for (const auto& pieces : layers_[0].project.pieces)
-      for (const Piece& piece : pieces) outputs = std::max(outputs, piece.output + piece.width);
-    Tensor result = at::empty({rows.size(0), outputs}, hidden.options());
+    Tensor result = at::empty({rows.size(0), layers_[0].project.outputs()}, hidden.options());
     for_each_block<Scratch<T>>(pass.blocks.size(), [&](int64_t i, const Team& team, Scratch<T>& s) {
-      const Rows& block = pass.blocks[i];
-      const BlockUpdates updates = pass.updates(block, sites_);
-      const Layer& layer = layers_[block.layer];
-      if (team.rank == 0) s.x.resize(kMaxRows, width), s.hidden.resize(kMaxRows * width);
-      team.barrier();
-      team.share(updates.rows, [&](int64_t r) {
-        const T* source = row(hidden, rows.const_data_ptr<int64_t>()[block.begin + r]);
-        if (norm_after_) {
-          std::copy(source, source + width, s.x.row(r));
-        } else {
-          float* wide = s.hidden.data() + r * width;
-          for (int64_t j = 0; j < width; ++j) wide[j] = static_cast<float>(source[j]);
-          normalize(wide, s.x.row(r), width, layer.first.view(eps_));
-        }
-        clear_tail(s.x, r);
-      });
-      team.barrier();
-      multiply(layer.project, s.x, updates, team, s.narrow, [&](const std::vector<Piece>& pieces, float* c) {
-        for (const Piece& piece : pieces)
-          for (int64_t r = 0; r < updates.rows; ++r)
-            write(c + r * kTile + piece.begin, piece.width, row(result, block.begin + r) + piece.output);
-      });
+      project_block(pass.blocks[i], hidden, rows.const_data_ptr<int64_t>(), pass, team, s, result);
     });
     return result;
   }
@@ -168,6 +101,10 @@ class Layers {
     });
     return result;
   }
+
+  // One more token [n, d] of generations, through all depths.
+  Tensor decode(const Tensor& hidden, const std::vector<DecodingDepth>& depths, const AttentionShape& shape,
+                const Positions& positions) const;
 
   int64_t size() const { return layers_.size(); }
   int64_t sites() const { return sites_ * size(); }
@@ -184,6 +121,8 @@ class Layers {
 
   static void clear_tail(Operand<T>& x, int64_t r) { std::fill(x.row(r) + x.columns, x.row(r) + x.stride, T(0)); }
 
+  void project_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Pass& pass,
+                     const Team& team, Scratch<T>& s, Tensor& result) const;
   void finish_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Tensor& attended,
                     const Pass& pass, const Team& team, Scratch<T>& s, Tensor& result) const;
 
@@ -193,6 +132,33 @@ class Layers {
   int64_t sites_;
   std::vector<Layer> layers_;
 };
+
+template <class T>
+void Layers<T>::project_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Pass& pass,
+                              const Team& team, Scratch<T>& s, Tensor& result) const {
+  const BlockUpdates updates = pass.updates(block, sites_);
+  const Layer& layer = layers_[block.layer];
+  const int64_t width = layer.project.inputs;
+  if (team.rank == 0) s.x.resize(kMaxRows, width), s.hidden.resize(kMaxRows * width);
+  team.barrier();
+  team.share(updates.rows, [&](int64_t r) {
+    const T* source = row(hidden, rows[block.begin + r]);
+    if (norm_after_) {
+      std::copy(source, source + width, s.x.row(r));
+    } else {
+      float* wide = s.hidden.data() + r * width;
+      for (int64_t j = 0; j < width; ++j) wide[j] = static_cast<float>(source[j]);
+      normalize(wide, s.x.row(r), width, layer.first.view(eps_));
+    }
+    clear_tail(s.x, r);
+  });
+  team.barrier();
+  multiply(layer.project, s.x, updates, team, s.narrow, [&](const std::vector<Piece>& pieces, float* c) {
+    for (const Piece& piece : pieces)
+      for (int64_t r = 0; r < updates.rows; ++r)
+        write(c + r * kTile + piece.begin, piece.width, row(result, block.begin + r) + piece.output);
+  });
+}
 
 // BERT normalizes sums, x = N₁(z + join(a)), z' = N₂(x + down(f(up(x)))); the others inputs,
 // x = z + join(a), z' = x + down(f(up(N₂(x)))).
@@ -267,6 +233,44 @@ void Layers<T>::finish_block(const Rows& block, const Tensor& hidden, const int6
   });
 }
 
+// A depth is four phases, each shared out anew: project, attend, finish, mix. The places of a depth are its rows in
+// all layer calls, those of the own layer first, so what is mixed into the rows lies behind them.
+template <class T>
+Tensor Layers<T>::decode(const Tensor& hidden, const std::vector<DecodingDepth>& depths, const AttentionShape& shape,
+                         const Positions& positions) const {
+  int64_t places = 0;
+  for (const DecodingDepth& depth : depths) places = std::max(places, depth.places());
+  Tensor heads = at::empty({places, shape.columns()}, hidden.options());
+  Tensor attended = at::empty({places, shape.num_heads * shape.head_dim}, hidden.options());
+  Tensor outputs[2] = {at::empty({places, hidden.size(1)}, hidden.options()),
+                       at::empty({places, hidden.size(1)}, hidden.options())};
+  in_one_region<Scratch<T>>([&](const Team& everyone, std::vector<Scratch<T>>& scratch) {
+    for (size_t t = 0; t < depths.size(); ++t) {
+      const DecodingDepth& depth = depths[t];
+      const Tensor& input = t == 0 ? hidden : outputs[(t + 1) % 2];
+      Tensor& output = outputs[t % 2];
+      const int64_t* rows = depth.rows.const_data_ptr<int64_t>();
+      share_blocks(everyone, depth.pass.blocks.size(), scratch, [&](int64_t i, const Team& team, Scratch<T>& s) {
+        project_block(depth.pass.blocks[i], input, rows, depth.pass, team, s, heads);
+      });
+      everyone.share(depth.places() * shape.num_kv_heads, [&](int64_t item) {
+        const int64_t place = item / shape.num_kv_heads;
+        attend_cached(shape, positions.of(rows[place]), row(heads, place), depth.template cached<T>(place),
+                      item % shape.num_kv_heads, row(attended, place));
+      });
+      everyone.barrier();
+      share_blocks(everyone, depth.pass.blocks.size(), scratch, [&](int64_t i, const Team& team, Scratch<T>& s) {
+        finish_block(depth.pass.blocks[i], input, rows, attended, depth.pass, team, s, output);
+      });
+      if (!depth.terms.defined()) continue;
+      const int64_t n = hidden.size(0);
+      everyone.share(n, [&](int64_t i) { mix_row(depth.terms, i, row(output, i), row(output, n), hidden.size(1), row(output, i)); });
+      everyone.barrier();
+    }
+  });
+  return outputs[(depths.size() + 1) % 2].narrow(0, 0, hidden.size(0));
+}
+
 Linear linear_of(const std::vector<Tensor>& parts, int64_t inputs) {
   return {parts[0], parts[1], parts[2], parts[3], inputs};
 }
@@ -277,6 +281,13 @@ NormWeights norm_of(const std::vector<Tensor>& parts) {
 
 // What Python holds: layers with activations in float32 or bfloat16.
 struct PackedLayers : torch::CustomClassHolder {
+ private:
+  template <class Use>
+  auto with_layers(const Use& use) const {
+    return bfloat16_ ? use(narrow_) : use(wide_);
+  }
+
+ public:
   PackedLayers(bool bfloat16, const std::string& activation, bool gated, bool norm_after, double eps, int64_t sites)
       : bfloat16_(bfloat16),
         narrow_(activation_named(activation), gated, norm_after, eps, sites),
@@ -294,7 +305,8 @@ struct PackedLayers : torch::CustomClassHolder {
   Tensor project(const Tensor& hidden, const Tensor& rows, const Tensor& calls, const Tensor& runs,
                  const Tensor& factors) const {
     return with_layers([&](const auto& layers) {
-      check(layers, hidden, rows, calls, runs, factors);
+      check_hidden(layers, hidden);
+      check(layers, hidden.size(0), rows, calls, runs, factors);
       return layers.project(hidden, rows, Pass(calls, runs, factors, layers.sites()));
     });
   }
@@ -302,7 +314,8 @@ struct PackedLayers : torch::CustomClassHolder {
   Tensor finish(const Tensor& hidden, const Tensor& rows, const Tensor& attended, const Tensor& calls,
                 const Tensor& runs, const Tensor& factors) const {
     return with_layers([&](const auto& layers) {
-      check(layers, hidden, rows, calls, runs, factors);
+      check_hidden(layers, hidden);
+      check(layers, hidden.size(0), rows, calls, runs, factors);
       TORCH_CHECK(attended.is_contiguous() && attended.scalar_type() == hidden.scalar_type() &&
                       attended.sizes() == at::IntArrayRef({rows.size(0), layers.joined()}),
                   "attended must be a contiguous matrix of the rows, like hidden");
@@ -310,19 +323,38 @@ struct PackedLayers : torch::CustomClassHolder {
     });
   }
 
- private:
-  template <class Use>
-  Tensor with_layers(const Use& use) const {
-    return bfloat16_ ? use(narrow_) : use(wide_);
+  // A depth of `count` generations, checked; see Decoding::add.
+  Pass decoding_pass(int64_t count, const Tensor& rows, const Tensor& calls, const Tensor& runs,
+                     const Tensor& factors) const {
+    return with_layers([&](const auto& layers) {
+      check(layers, count, rows, calls, runs, factors);
+      return Pass(calls, runs, factors, layers.sites());
+    });
   }
 
+  Tensor decode(const Tensor& hidden, const std::vector<DecodingDepth>& depths, const AttentionShape& shape,
+                const Positions& positions) const {
+    return with_layers([&](const auto& layers) {
+      check_hidden(layers, hidden);
+      return layers.decode(hidden, depths, shape, positions);
+    });
+  }
+
+  at::ScalarType dtype() const { return bfloat16_ ? at::kBFloat16 : at::kFloat; }
+
+ private:
   // Shapes and types, once a pass: what the kernels read lies inside what was handed over.
   template <class L>
-  void check(const L& layers, const Tensor& hidden, const Tensor& rows, const Tensor& calls, const Tensor& runs,
-             const Tensor& factors) const {
+  void check_hidden(const L& layers, const Tensor& hidden) const {
     TORCH_CHECK(hidden.is_contiguous() && hidden.dim() == 2 && hidden.size(1) == layers.width() &&
-                    hidden.scalar_type() == (bfloat16_ ? at::kBFloat16 : at::kFloat),
+                    hidden.scalar_type() == dtype(),
                 "hidden must be a contiguous matrix of the layers' width and type");
+  }
+
+  // `rows` are of `count` hidden states.
+  template <class L>
+  void check(const L& layers, int64_t count, const Tensor& rows, const Tensor& calls, const Tensor& runs,
+             const Tensor& factors) const {
     TORCH_CHECK(rows.is_contiguous() && rows.scalar_type() == at::kLong && rows.dim() == 1, "rows must be [n]");
     TORCH_CHECK(calls.scalar_type() == at::kLong && calls.dim() == 2 && calls.size(1) == 2, "calls must be [c, 2]");
     TORCH_CHECK(runs.scalar_type() == at::kLong && runs.dim() == 2 && runs.size(1) == 3, "runs must be [r, 3]");
@@ -338,7 +370,7 @@ struct PackedLayers : torch::CustomClassHolder {
     TORCH_CHECK(total == rows.size(0), "the calls have ", total, " rows, not ", rows.size(0));
     const int64_t* index = rows.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < total; ++i)
-      TORCH_CHECK(0 <= index[i] && index[i] < hidden.size(0), "no row ", index[i], " in hidden");
+      TORCH_CHECK(0 <= index[i] && index[i] < count, "no row ", index[i], " in hidden");
     auto run = runs.accessor<int64_t, 2>();
     for (int64_t i = 0, end = 0; i < run.size(0); ++i) {
       TORCH_CHECK(0 <= run[i][0] && run[i][0] < factors.size(0), "no adapter ", run[i][0]);
@@ -350,6 +382,70 @@ struct PackedLayers : torch::CustomClassHolder {
   bool bfloat16_;
   Layers<at::BFloat16> narrow_;
   Layers<float> wide_;
+};
+
+// Running generations that all take one more token in a step, depth by depth as Python has planned it.
+struct Decoding : torch::CustomClassHolder {
+  Decoding(c10::intrusive_ptr<PackedLayers> layers, int64_t count, int64_t num_heads, int64_t num_kv_heads,
+           int64_t head_dim, double scaling, int64_t window)
+      : layers_(std::move(layers)),
+        count_(count),
+        shape_{num_heads, num_kv_heads, head_dim, static_cast<float>(scaling), true, window} {
+    TORCH_CHECK(num_heads % num_kv_heads == 0, "query heads must share key heads evenly");
+  }
+
+  // The next depth: the layer calls [c, 2] and runs [r, 3] of its places, the row and the pages [p] of each place, the
+  // depth's cache, and in `mixing` own weights [n], rows and weights [choices, n] of a mixture, or nothing.
+  void add(const Tensor& calls, const Tensor& rows, const Tensor& runs, const Tensor& factors, const Tensor& pages,
+           const Tensor& cache, const std::vector<Tensor>& mixing) {
+    DecodingDepth depth{layers_->decoding_pass(count_, rows, calls, runs, factors), rows, pages, cache, mixing, {}};
+    TORCH_CHECK(rows.size(0) >= count_, "the own layer takes all rows");
+    TORCH_CHECK(cache.is_contiguous() && cache.dim() == 4 && cache.scalar_type() == layers_->dtype() &&
+                    cache.size(1) == 2 * shape_.num_kv_heads && cache.size(3) == shape_.head_dim,
+                "cache must be [pages, 2 · kv heads, tokens, head_dim], like the layers");
+    TORCH_CHECK(pages.is_contiguous() && pages.scalar_type() == at::kLong && pages.dim() == 2 &&
+                    pages.size(0) == rows.size(0) && pages.size(1) > 0 && pages.min().item<int64_t>() >= 0 &&
+                    pages.max().item<int64_t>() < cache.size(0), "pages must be [places, p], all in the cache");
+    if (!mixing.empty()) depth.terms = terms_of(mixing, rows.size(0) - count_);
+    depths_.push_back(std::move(depth));
+  }
+
+  // Hidden states [n, d] of one new token each, with `past` [n] tokens in the cache before it and its rotation
+  // [n, head_dim], empty where there is none → the output [n, d] of the last depth.
+  Tensor step(const Tensor& hidden, const Tensor& past, const Tensor& cos, const Tensor& sin) const {
+    TORCH_CHECK(hidden.dim() == 2 && hidden.size(0) == count_, "hidden must have ", count_, " rows");
+    TORCH_CHECK(past.is_contiguous() && past.scalar_type() == at::kLong && past.sizes() == at::IntArrayRef({count_}),
+                "past must be [n]");
+    for (const Tensor& part : {cos, sin})
+      TORCH_CHECK(part.numel() == 0 || (part.is_contiguous() && part.scalar_type() == at::kFloat &&
+                                        part.sizes() == at::IntArrayRef({count_, shape_.head_dim})),
+                  "cos and sin must be [n, head_dim] in float32");
+    TORCH_CHECK(cos.numel() == sin.numel(), "cos and sin belong together");
+    const int64_t* before = past.const_data_ptr<int64_t>();
+    const auto [least, most] = std::minmax_element(before, before + count_);
+    for (const DecodingDepth& depth : depths_)
+      TORCH_CHECK(count_ == 0 || (*least >= 0 && *most < depth.pages.size(1) * depth.cache.size(2)),
+                  "a token has no page");
+    return layers_->decode(hidden, depths_, shape_, {past, cos, sin});
+  }
+
+ private:
+  Terms terms_of(const std::vector<Tensor>& mixing, int64_t routed) const {
+    const Tensor &own = mixing.at(0), &rows = mixing.at(1), &weights = mixing.at(2);
+    TORCH_CHECK(own.is_contiguous() && rows.is_contiguous() && weights.is_contiguous(), "inputs must be contiguous");
+    TORCH_CHECK(own.scalar_type() == at::kFloat && weights.scalar_type() == at::kFloat &&
+                    rows.scalar_type() == at::kLong, "weights are float32, rows are int64");
+    TORCH_CHECK(own.sizes() == at::IntArrayRef({count_}) && rows.dim() == 2 && rows.size(1) == count_ &&
+                    rows.sizes() == weights.sizes(), "the shapes do not fit each other");
+    TORCH_CHECK(rows.numel() == 0 || rows.max().item<int64_t>() < routed, "no such routed row");
+    return {own.const_data_ptr<float>(), rows.const_data_ptr<int64_t>(), weights.const_data_ptr<float>(),
+            rows.size(0), count_};
+  }
+
+  c10::intrusive_ptr<PackedLayers> layers_;
+  int64_t count_;
+  AttentionShape shape_;
+  std::vector<DecodingDepth> depths_;
 };
 
 // Call use(values) with the values of a tensor in their type.
@@ -411,13 +507,12 @@ Tensor weighted_sum(const Tensor& own, const Tensor& own_weights, const Tensor& 
   TORCH_CHECK(own_weights.size(0) == m && rows.sizes() == weights.sizes() && rows.size(1) == m &&
                   routed.size(1) == width, "the shapes do not fit each other");
   TORCH_CHECK(rows.numel() == 0 || rows.max().item<int64_t>() < routed.size(0), "no such row in routed");
+  const Terms terms{own_weights.const_data_ptr<float>(), rows.const_data_ptr<int64_t>(),
+                    weights.const_data_ptr<float>(), rows.size(0), m};
   Tensor result = at::empty_like(own);
   with_values(own, [&](const auto* x) {
     using T = std::decay_t<decltype(*x)>;
-    with_values(routed, [&](const auto* y) {
-      mix_rows(x, own_weights.const_data_ptr<float>(), y, rows.const_data_ptr<int64_t>(),
-               weights.const_data_ptr<float>(), rows.size(0), m, width, result.mutable_data_ptr<T>());
-    });
+    with_values(routed, [&](const auto* y) { mix_rows(terms, x, y, width, result.mutable_data_ptr<T>()); });
   });
   return result;
 }
@@ -431,6 +526,10 @@ TORCH_LIBRARY(molex, m) {
       .def("add", &molex::PackedLayers::add)
       .def("project", &molex::PackedLayers::project)
       .def("finish", &molex::PackedLayers::finish);
+  m.class_<molex::Decoding>("Decoding")
+      .def(torch::init<c10::intrusive_ptr<molex::PackedLayers>, int64_t, int64_t, int64_t, int64_t, double, int64_t>())
+      .def("add", &molex::Decoding::add)
+      .def("step", &molex::Decoding::step);
   m.def("attend", &molex::attend_packed);
   m.def("gate_logits", &molex::gate_logits);
   m.def("weighted_sum", &molex::weighted_sum);

@@ -37,6 +37,12 @@ struct Linear {
 
   int64_t tiles() const { return weights.size(0); }
   int64_t stride() const { return weights.size(1); }
+  int64_t outputs() const {
+    int64_t end = 0;
+    for (const auto& tile : pieces)
+      for (const Piece& piece : tile) end = std::max(end, piece.output + piece.width);
+    return end;
+  }
 
   at::Tensor weights, bias, scales, offsets;
   std::vector<std::vector<Piece>> pieces;  // of each tile
