@@ -48,7 +48,7 @@ class Pass:
         self._forward = forward
         self._lm_logits: Literal["last", "all"] = lm_logits
         pinned = [row.route for row in forward.rows]
-        logits = forward.backbone.own.gate_logits
+        logits = forward.backbone.layers.gate_logits
         self._router = Router(forward.adapters, forward.packed, voters, pinned, logits)
         self._hidden = forward.embed()
         self._num_depths = forward.backbone.num_layers

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from molex.attention import AttentionOptions, KVStreams, attend
 from molex.family import Family
 from molex.gate import Gate, LinearGate, gate_logits
+from molex.layers import StockLayers
 from molex.lora import AdaptedLinear, BatchLora, LoraWeights
+from molex.native import build
 from molex.native.weights import PackedLinear, pack
 from molex.packing import Indices, Packed
 from molex.stage import Stage
@@ -57,28 +59,39 @@ class FactorTable:
 
 
 class NativeLayers:
-    """The layers of a base model with packed weights, in float32 or bfloat16, or with weights in 8 bits.
+    """The layers of a base model with packed weights, in float32, bfloat16 or 8 bits.
 
-    With 8-bit weights the rows that they multiply are rounded to 8 bits too, each on its own scale. No
-    gradients.
+    All that is not a product is in the precision of the own layers. What weights in another one multiply is
+    rounded to it first; in 8 bits each row has its own scale. No gradients.
     """
 
-    def __init__(self, blocks: Sequence[Any], family: Family, config: Any, *, int8: bool) -> None:
-        """Pack the weights of blocks whose linear layers are wrapped (`StockLayers`)."""
-        names = [name for name, m in blocks[0].named_modules() if isinstance(m, AdaptedLinear)]
-        self._places = {name: place for place, name in enumerate(names)}
+    def __init__(
+        self, stock: StockLayers, family: Family, config: Any, *, int8: bool, routed_int8: bool
+    ) -> None:
+        """Pack the weights of blocks; those of the routed branch once more if they are to differ."""
+        blocks, routed = stock.blocks[: stock.num_layers], stock.blocks[-stock.num_layers :]
+        self.first_routed = stock.num_layers if stock.first_routed or routed_int8 != int8 else 0
+        self._places = {name: place for place, name in enumerate(stock.modules)}
         self._family = family
-        self.dtype: torch.dtype = next(blocks[0].parameters()).dtype
+        self.dtype = stock.dtype
         self.nbytes = 0
         norm_after = family.norm_before is None
         eps = _eps(blocks[0].get_submodule(family.norms[0]))
         activation = ACTIVATIONS[getattr(config, family.activation)]
+        self._num_layers = stock.num_layers
         self._packed = torch.classes.molex.PackedLayers(
-            self.dtype == torch.bfloat16, activation, len(family.up) == 2, norm_after, eps, len(names)
+            self.dtype == torch.bfloat16,
+            activation,
+            len(family.up) == 2,
+            norm_after,
+            eps,
+            self._num_layers,
+            len(self._places),
         )
         for block in blocks:
             self._add(block, int8)
-        self._num_layers = len(blocks)
+        for block in routed if self.first_routed else []:
+            self._add(block, routed_int8)
         self._tables: WeakKeyDictionary[LoraWeights, FactorTable] = WeakKeyDictionary()
         self._factors: tuple[ReferenceType[BatchLora], Tensor] | None = None
 
@@ -153,7 +166,6 @@ class NativeLayers:
         return logits
 
     def weighted_sum(self, own: Tensor, routed: Tensor, terms: Terms, /) -> Tensor:
-        routed = routed if routed.dtype == torch.bfloat16 else routed.float()
         result: Tensor = torch.ops.molex.weighted_sum(
             own, terms.own.float(), routed, terms.rows, terms.weights.float()
         )
@@ -174,9 +186,13 @@ class NativeLayers:
         return self._tables[lora]
 
 
-def runs_natively(family: Family, config: Any) -> bool:
-    """Whether the kernels know the function between the two halves of the feed-forward part."""
-    return getattr(config, family.activation) in ACTIVATIONS
+def why_not_natively(stock: StockLayers, family: Family, config: Any) -> str | None:
+    """Why layers cannot run on the kernels; None where they can."""
+    if (activation := getattr(config, family.activation)) not in ACTIVATIONS:
+        return f"do not know the function {activation}"
+    device = next(stock.blocks[0].parameters()).device
+    reasons = (build.why_not(dtype, device) for dtype in dict.fromkeys(stock.dtypes))
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def release(blocks: Sequence[Any]) -> None:

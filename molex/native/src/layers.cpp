@@ -74,7 +74,7 @@ struct Rows {
 struct Pass {
   Pass(const Tensor& calls, const Tensor& runs_, const Tensor& factors_, int64_t sites);
 
-  BlockUpdates updates(const Rows& block, int64_t sites_of_layer) const;
+  BlockUpdates updates(const Rows& block, int64_t first_site) const;
 
   std::vector<Rows> blocks;
   std::vector<Run> runs;
@@ -96,11 +96,11 @@ Pass::Pass(const Tensor& calls, const Tensor& runs_, const Tensor& factors_, int
   for (int64_t i = 0; i < run.size(0); ++i) runs.push_back({run[i][0], run[i][1], run[i][2]});
 }
 
-BlockUpdates Pass::updates(const Rows& block, int64_t sites_of_layer) const {
+BlockUpdates Pass::updates(const Rows& block, int64_t first_site) const {
   BlockUpdates updates{block.begin, block.end - block.begin};
   updates.factors = reinterpret_cast<const Factors*>(factors.const_data_ptr<int64_t>());
   updates.sites_per_member = sites;
-  updates.first_site = block.layer * sites_of_layer;
+  updates.first_site = first_site;
   auto run = std::upper_bound(
       runs.begin(), runs.end(), block.begin, [](int64_t row, const Run& r) { return row < r.end; });
   for (; run != runs.end() && run->begin < block.end; ++run)
@@ -117,12 +117,13 @@ struct Scratch {
   NarrowRows narrow;
 };
 
-// The layers of a base model, with packed weights. `T` is the type of activations.
+// The layers of a base model, with packed weights: `depth` of them, or twice as many where those of the routed
+// branch have a precision of their own, and `sites` linear layers each. `T` is the type of activations.
 template <class T>
 class Layers {
  public:
-  Layers(Activation activation, bool gated, bool norm_after, double eps, int64_t sites)
-      : activation_(activation), gated_(gated), norm_after_(norm_after), eps_(eps), sites_(sites) {}
+  Layers(Activation activation, bool gated, bool norm_after, double eps, int64_t depth, int64_t sites)
+      : activation_(activation), gated_(gated), norm_after_(norm_after), eps_(eps), depth_(depth), sites_(sites) {}
 
   void add(Layer layer) { layers_.push_back(std::move(layer)); }
 
@@ -135,7 +136,7 @@ class Layers {
     Tensor result = at::empty({rows.size(0), outputs}, hidden.options());
     for_each_block<Scratch<T>>(pass.blocks.size(), [&](int64_t i, const Team& team, Scratch<T>& s) {
       const Rows& block = pass.blocks[i];
-      const BlockUpdates updates = pass.updates(block, sites_);
+      const BlockUpdates updates = updates_of(block, pass);
       const Layer& layer = layers_[block.layer];
       if (team.rank == 0) s.x.resize(kMaxRows, width), s.hidden.resize(kMaxRows * width);
       team.barrier();
@@ -170,7 +171,7 @@ class Layers {
   }
 
   int64_t size() const { return layers_.size(); }
-  int64_t sites() const { return sites_ * size(); }
+  int64_t sites() const { return sites_ * depth_; }
   int64_t width() const { return layers_[0].project.inputs; }
   int64_t joined() const { return layers_[0].join.inputs; }
 
@@ -184,13 +185,18 @@ class Layers {
 
   static void clear_tail(Operand<T>& x, int64_t r) { std::fill(x.row(r) + x.columns, x.row(r) + x.stride, T(0)); }
 
+  // A layer's low-rank updates are the same in both branches.
+  BlockUpdates updates_of(const Rows& block, const Pass& pass) const {
+    return pass.updates(block, block.layer % depth_ * sites_);
+  }
+
   void finish_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Tensor& attended,
                     const Pass& pass, const Team& team, Scratch<T>& s, Tensor& result) const;
 
   Activation activation_;
   bool gated_, norm_after_;
   float eps_;
-  int64_t sites_;
+  int64_t depth_, sites_;
   std::vector<Layer> layers_;
 };
 
@@ -200,7 +206,7 @@ template <class T>
 void Layers<T>::finish_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Tensor& attended,
                              const Pass& pass, const Team& team, Scratch<T>& s, Tensor& result) const {
   const Layer& layer = layers_[block.layer];
-  const BlockUpdates updates = pass.updates(block, sites_);
+  const BlockUpdates updates = updates_of(block, pass);
   const int64_t width = hidden.size(1), inner = layer.down.inputs;
   if (team.rank == 0) {
     s.x.resize(kMaxRows, std::max(width, attended.size(1)));
@@ -277,10 +283,11 @@ NormWeights norm_of(const std::vector<Tensor>& parts) {
 
 // What Python holds: layers with activations in float32 or bfloat16.
 struct PackedLayers : torch::CustomClassHolder {
-  PackedLayers(bool bfloat16, const std::string& activation, bool gated, bool norm_after, double eps, int64_t sites)
+  PackedLayers(bool bfloat16, const std::string& activation, bool gated, bool norm_after, double eps, int64_t depth,
+               int64_t sites)
       : bfloat16_(bfloat16),
-        narrow_(activation_named(activation), gated, norm_after, eps, sites),
-        wide_(activation_named(activation), gated, norm_after, eps, sites) {}
+        narrow_(activation_named(activation), gated, norm_after, eps, depth, sites),
+        wide_(activation_named(activation), gated, norm_after, eps, depth, sites) {}
 
   // Four linear layers, each [weights, bias, scales, pieces], their numbers of inputs, and two norms.
   void add(const std::vector<std::vector<Tensor>>& linears, const std::vector<int64_t>& inputs,
@@ -427,7 +434,7 @@ Tensor weighted_sum(const Tensor& own, const Tensor& own_weights, const Tensor& 
 
 TORCH_LIBRARY(molex, m) {
   m.class_<molex::PackedLayers>("PackedLayers")
-      .def(torch::init<bool, std::string, bool, bool, double, int64_t>())
+      .def(torch::init<bool, std::string, bool, bool, double, int64_t, int64_t>())
       .def("add", &molex::PackedLayers::add)
       .def("project", &molex::PackedLayers::project)
       .def("finish", &molex::PackedLayers::finish);
