@@ -15,9 +15,8 @@ from molex.attention import KVPlan, KVStreams
 from molex.backbone import Backbone
 from molex.kv_cache import KVCache, pages_for
 from molex.lora import BatchLora
-from molex.mixing import mix
 from molex.packing import Indices, Packed, ranges
-from molex.routing import RoutePlan
+from molex.plan import RoutePlan
 from molex.row import Row
 from molex.stage import Stage
 
@@ -131,7 +130,7 @@ class Forward:
         if plan.own is None:
             return outputs[0]
         layout = self._result if last else self.packed
-        return mix(layout, plan, outputs[0], outputs[1:], self.backbone.layers.weighted_sum)
+        return self.backbone.layers.mix(layout, plan, outputs)
 
     def _calls(self, depth: int, plan: RoutePlan) -> list[list[LayerCall]]:
         """The own layer and the routed ones, those side by side that can share attention."""

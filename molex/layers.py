@@ -11,14 +11,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from molex.attention import AttentionOptions, KVStreams, attend
+from molex.config import VoteConfig
 from molex.family import Family
 from molex.gate import Gate, gate_logits
 from molex.lora import ActiveLora, AdaptedLinear, LoraSwitch
+from molex.mixing import mix
 from molex.packing import Indices, Packed
+from molex.plan import RoutePlan
 from molex.prepack import can_prepack, in_and_out, padded_rows
 from molex.projections import Projections
 from molex.stage import Stage
-from molex.weighted_sum import Terms, summed_in_steps
+from molex.votes import Ballots, Election, elect
 
 
 class Layers(Protocol):
@@ -46,7 +49,9 @@ class Layers(Protocol):
     def finish(
         self, stage: Stage, numbers: Sequence[int], hidden: Tensor, attended: Tensor
     ) -> Sequence[Tensor]:
-        """The second half, from what attention returned for the rows: each call's output [rows, d]."""
+        """The second half, from what attention returned for the rows: the outputs [rows, d] of the calls, in
+        a piece each or side by side.
+        """
 
     def attend(
         self, heads: Tensor, packed: Packed, kv: KVStreams | None, options: AttentionOptions, rows: Indices
@@ -58,8 +63,11 @@ class Layers(Protocol):
     ) -> Tensor:
         """The logits of gates on the rows `tokens` of the hidden states; see `molex.gate.gate_logits`."""
 
-    def weighted_sum(self, own: Tensor, routed: Tensor, terms: Terms, /) -> Tensor:
-        """The mixture of outputs; see `molex.weighted_sum.WeightedSum`."""
+    def elect(self, ballots: Ballots, vote: VoteConfig, top_k: int) -> Election:
+        """The votes of requests; see `molex.votes.elect`."""
+
+    def mix(self, layout: Packed, plan: RoutePlan, outputs: Sequence[Tensor]) -> Tensor:
+        """The mixture of what `finish` returned for a depth; see `molex.mixing.mix`."""
 
     def padded_rows(self, rows: int) -> int:
         """How many rows a call needs for `rows`; the others may hold anything."""
@@ -140,8 +148,11 @@ class StockLayers:
     ) -> Tensor:
         return gate_logits(gates, lengths, hidden, tokens)
 
-    def weighted_sum(self, own: Tensor, routed: Tensor, terms: Terms, /) -> Tensor:
-        return summed_in_steps(own, routed, terms)
+    def elect(self, ballots: Ballots, vote: VoteConfig, top_k: int) -> Election:
+        return elect(ballots, vote, top_k)
+
+    def mix(self, layout: Packed, plan: RoutePlan, outputs: Sequence[Tensor]) -> Tensor:
+        return mix(layout, plan, outputs)
 
     def _project(self, number: int, x: Tensor, lora: ActiveLora | None) -> Tensor:
         x = x.to(self.dtypes[number])

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from molex.attention import AttentionOptions, KVStreams, attend
+from molex.config import VoteConfig
 from molex.family import Family
 from molex.gate import Gate, LinearGate, gate_logits
 from molex.layers import StockLayers
 from molex.lora import AdaptedLinear, BatchLora, LoraWeights
 from molex.native import build
+from molex.native.votes import elect
 from molex.native.weights import PackedLinear, pack
 from molex.packing import Indices, Packed
+from molex.plan import RoutePlan
 from molex.stage import Stage
-from molex.weighted_sum import Terms
+from molex.votes import Ballots, Election
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -117,23 +120,16 @@ class NativeLayers:
         return [size for size in sizes if size <= max_rows]
 
     def project(self, stage: Stage, numbers: Sequence[int], hidden: Tensor) -> Tensor:
-        result: Tensor = self._packed.project(
-            hidden,
-            stage.tokens,
-            _calls(stage, numbers),
-            stage.runs_side_by_side,
-            self._factors_of(stage.lora),
-        )
+        runs, factors = stage.runs_side_by_side, self._factors_of(stage.lora)
+        result: Tensor = self._packed.project(hidden, stage.tokens, numbers, stage.counts, runs, factors)
         return result
 
     def finish(
         self, stage: Stage, numbers: Sequence[int], hidden: Tensor, attended: Tensor
     ) -> Sequence[Tensor]:
-        calls, runs = _calls(stage, numbers), stage.runs_side_by_side
-        factors = self._factors_of(stage.lora)
-        result: Tensor = self._packed.finish(hidden, stage.tokens, attended, calls, runs, factors)
-        outputs: Sequence[Tensor] = result.split(list(stage.sizes))
-        return outputs
+        runs, factors = stage.runs_side_by_side, self._factors_of(stage.lora)
+        rows, counts = stage.tokens, stage.counts
+        return [self._packed.finish(hidden, rows, attended, numbers, counts, runs, factors)]
 
     def attend(
         self, heads: Tensor, packed: Packed, kv: KVStreams | None, options: AttentionOptions, rows: Indices
@@ -142,9 +138,8 @@ class NativeLayers:
             return attend(heads, packed, kv, options, rows)
         if kv is not None:
             kv.write(heads[:, -2 * options.num_kv_heads :])
-        offsets = torch.from_numpy(np.append(packed.offsets, packed.num_tokens))
-        output: Tensor = torch.ops.molex.attend(
-            heads, offsets, options.num_kv_heads, options.scaling, packed.causal, options.window or 0
+        output: Tensor = torch.ops.molex.attend.default(
+            heads, packed.bounds, options.num_kv_heads, options.scaling, packed.causal, options.window or 0
         )
         return output if len(rows) == len(output) else output.index_select(0, torch.from_numpy(rows))
 
@@ -153,23 +148,22 @@ class NativeLayers:
     ) -> Tensor:
         if not all(_is_linear(gate) for gate in gates):
             return gate_logits(gates, lengths, hidden, tokens)
-        one = int(np.float64(1).view(np.int64))
-        fields = [
-            (gate.weight.data_ptr(), gate.bias.data_ptr(), self._num_layers, 0, one)
-            for gate in gates
-            if isinstance(gate, LinearGate)
-        ]
-        counts = torch.tensor([sum(numbers) for numbers in lengths])
-        logits: Tensor = torch.ops.molex.gate_logits(
-            hidden, tokens, counts, torch.tensor(fields), self._num_layers
-        )
+        counts = [sum(numbers) for numbers in lengths]
+        tensors = [(gate.weight, gate.bias) for gate in gates if isinstance(gate, LinearGate)]
+        weights, biases = zip(*tensors, strict=True)
+        logits: Tensor = torch.ops.molex.gate_logits.default(hidden, tokens, counts, weights, biases)
         return logits
 
-    def weighted_sum(self, own: Tensor, routed: Tensor, terms: Terms, /) -> Tensor:
-        result: Tensor = torch.ops.molex.weighted_sum(
-            own, terms.own.float(), routed, terms.rows, terms.weights.float()
-        )
-        return result
+    def elect(self, ballots: Ballots, vote: VoteConfig, top_k: int) -> Election:
+        return elect(ballots, vote, top_k)
+
+    def mix(self, layout: Packed, plan: RoutePlan, outputs: Sequence[Tensor]) -> Tensor:
+        assert plan.own is not None
+        assert plan.weights is not None
+        together = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs))
+        own, visits, weights = plan.own.float(), torch.from_numpy(plan.requests), plan.weights.float()
+        mixed: Tensor = torch.ops.molex.mix.default(together, layout.bounds, own, visits, weights)
+        return mixed
 
     def _factors_of(self, lora: BatchLora) -> Tensor:
         """The tables of the batch's adapters [members, sites, 5]."""
@@ -205,10 +199,6 @@ def release(blocks: Sequence[Any]) -> None:
 
 def _is_linear(gate: Gate) -> bool:
     return isinstance(gate, LinearGate) and gate.weight.dtype == torch.float32 and gate.weight.is_contiguous()
-
-
-def _calls(stage: Stage, numbers: Sequence[int]) -> Tensor:
-    return torch.tensor([numbers, stage.counts]).T
 
 
 def _norm(module: Any) -> list[Tensor]:

@@ -12,6 +12,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "rows.h"
+#include "votes.h"
 
 namespace molex {
 namespace {
@@ -72,7 +73,8 @@ struct Rows {
 
 // What a pass hands over beside hidden states.
 struct Pass {
-  Pass(const Tensor& calls, const Tensor& runs_, const Tensor& factors_, int64_t sites);
+  Pass(const std::vector<int64_t>& layers, const std::vector<int64_t>& counts, const Tensor& runs_,
+       const Tensor& factors_, int64_t sites);
 
   BlockUpdates updates(const Rows& block, int64_t first_site) const;
 
@@ -82,14 +84,14 @@ struct Pass {
   int64_t sites;
 };
 
-Pass::Pass(const Tensor& calls, const Tensor& runs_, const Tensor& factors_, int64_t sites_)
+Pass::Pass(const std::vector<int64_t>& layers, const std::vector<int64_t>& counts, const Tensor& runs_,
+           const Tensor& factors_, int64_t sites_)
     : factors(factors_), sites(sites_) {
-  auto call = calls.accessor<int64_t, 2>();
   int64_t begin = 0;
-  for (int64_t i = 0; i < call.size(0); ++i) {
-    const int64_t rows = call[i][1], cuts = (rows + kMaxRows - 1) / kMaxRows;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const int64_t rows = counts[i], cuts = (rows + kMaxRows - 1) / kMaxRows;
     for (int64_t cut = 0; cut < cuts; ++cut)
-      blocks.push_back({call[i][0], begin + rows * cut / cuts, begin + rows * (cut + 1) / cuts});
+      blocks.push_back({layers[i], begin + rows * cut / cuts, begin + rows * (cut + 1) / cuts});
     begin += rows;
   }
   auto run = runs_.accessor<int64_t, 2>();
@@ -298,22 +300,23 @@ struct PackedLayers : torch::CustomClassHolder {
     bfloat16_ ? narrow_.add(std::move(layer)) : wide_.add(std::move(layer));
   }
 
-  Tensor project(const Tensor& hidden, const Tensor& rows, const Tensor& calls, const Tensor& runs,
-                 const Tensor& factors) const {
+  // Layer calls numbers[0] on the first counts[0] rows, and so on.
+  Tensor project(const Tensor& hidden, const Tensor& rows, const std::vector<int64_t>& numbers,
+                 const std::vector<int64_t>& counts, const Tensor& runs, const Tensor& factors) const {
     return with_layers([&](const auto& layers) {
-      check(layers, hidden, rows, calls, runs, factors);
-      return layers.project(hidden, rows, Pass(calls, runs, factors, layers.sites()));
+      check(layers, hidden, rows, numbers, counts, runs, factors);
+      return layers.project(hidden, rows, Pass(numbers, counts, runs, factors, layers.sites()));
     });
   }
 
-  Tensor finish(const Tensor& hidden, const Tensor& rows, const Tensor& attended, const Tensor& calls,
-                const Tensor& runs, const Tensor& factors) const {
+  Tensor finish(const Tensor& hidden, const Tensor& rows, const Tensor& attended, const std::vector<int64_t>& numbers,
+                const std::vector<int64_t>& counts, const Tensor& runs, const Tensor& factors) const {
     return with_layers([&](const auto& layers) {
-      check(layers, hidden, rows, calls, runs, factors);
+      check(layers, hidden, rows, numbers, counts, runs, factors);
       TORCH_CHECK(attended.is_contiguous() && attended.scalar_type() == hidden.scalar_type() &&
                       attended.sizes() == at::IntArrayRef({rows.size(0), layers.joined()}),
                   "attended must be a contiguous matrix of the rows, like hidden");
-      return layers.finish(hidden, rows, attended, Pass(calls, runs, factors, layers.sites()));
+      return layers.finish(hidden, rows, attended, Pass(numbers, counts, runs, factors, layers.sites()));
     });
   }
 
@@ -325,22 +328,21 @@ struct PackedLayers : torch::CustomClassHolder {
 
   // Shapes and types, once a pass: what the kernels read lies inside what was handed over.
   template <class L>
-  void check(const L& layers, const Tensor& hidden, const Tensor& rows, const Tensor& calls, const Tensor& runs,
-             const Tensor& factors) const {
+  void check(const L& layers, const Tensor& hidden, const Tensor& rows, const std::vector<int64_t>& numbers,
+             const std::vector<int64_t>& counts, const Tensor& runs, const Tensor& factors) const {
     TORCH_CHECK(hidden.is_contiguous() && hidden.dim() == 2 && hidden.size(1) == layers.width() &&
                     hidden.scalar_type() == (bfloat16_ ? at::kBFloat16 : at::kFloat),
                 "hidden must be a contiguous matrix of the layers' width and type");
     TORCH_CHECK(rows.is_contiguous() && rows.scalar_type() == at::kLong && rows.dim() == 1, "rows must be [n]");
-    TORCH_CHECK(calls.scalar_type() == at::kLong && calls.dim() == 2 && calls.size(1) == 2, "calls must be [c, 2]");
+    TORCH_CHECK(numbers.size() == counts.size(), "there must be a count of rows for each layer call");
     TORCH_CHECK(runs.scalar_type() == at::kLong && runs.dim() == 2 && runs.size(1) == 3, "runs must be [r, 3]");
     TORCH_CHECK(factors.is_contiguous() && factors.scalar_type() == at::kLong && factors.dim() == 3 &&
                     factors.size(1) == layers.sites() && factors.size(2) == 5,
                 "factors must be [members, sites, 5]");
     int64_t total = 0;
-    auto call = calls.accessor<int64_t, 2>();
-    for (int64_t i = 0; i < call.size(0); ++i) {
-      TORCH_CHECK(0 <= call[i][0] && call[i][0] < layers.size() && call[i][1] >= 0, "no such layer call");
-      total += call[i][1];
+    for (size_t i = 0; i < numbers.size(); ++i) {
+      TORCH_CHECK(0 <= numbers[i] && numbers[i] < layers.size() && counts[i] >= 0, "no such layer call");
+      total += counts[i];
     }
     TORCH_CHECK(total == rows.size(0), "the calls have ", total, " rows, not ", rows.size(0));
     const int64_t* index = rows.const_data_ptr<int64_t>();
@@ -391,40 +393,76 @@ Tensor attend_packed(const Tensor& heads, const Tensor& offsets, int64_t num_kv_
   return result;
 }
 
-// Logits [n, T] of the rows `tokens` [n] of hidden [m, d]: the first counts[0] of them by the first gate, and so
-// on. `gates` [w, 5] has the fields of Factors, whose rank is T.
-Tensor gate_logits(const Tensor& hidden, const Tensor& tokens, const Tensor& counts, const Tensor& gates,
-                   int64_t outputs) {
-  TORCH_CHECK(hidden.is_contiguous() && tokens.is_contiguous() && gates.is_contiguous(), "inputs must be contiguous");
-  TORCH_CHECK(counts.sum().item<int64_t>() == tokens.size(0), "the gates do not share out all tokens");
-  std::vector<Run> runs;
-  auto count = counts.accessor<int64_t, 1>();
-  for (int64_t i = 0, end = 0; i < count.size(0); end += count[i++]) runs.push_back({i, end, end + count[i]});
+// Logits [n, T] of the rows `tokens` [n] of hidden [m, d]: the first counts[0] of them by the first of the linear
+// gates W [T, d], b [T], and so on.
+Tensor gate_logits(const Tensor& hidden, const Tensor& tokens, const std::vector<int64_t>& counts,
+                   const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
+  TORCH_CHECK(hidden.is_contiguous() && tokens.is_contiguous(), "inputs must be contiguous");
+  TORCH_CHECK(!counts.empty() && counts.size() == weights.size() && counts.size() == biases.size(),
+              "there must be a count of tokens, weights and a bias for each gate");
+  const int64_t width = hidden.size(1), outputs = weights[0].size(0);
+  std::vector<GateRows> gates;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    TORCH_CHECK(weights[i].is_contiguous() && weights[i].sizes() == at::IntArrayRef({outputs, width}) &&
+                    biases[i].is_contiguous() && biases[i].numel() == outputs, "gates must be [T, d] and [T]");
+    gates.push_back({weights[i].const_data_ptr<float>(), biases[i].const_data_ptr<float>(),
+                     (gates.empty() ? 0 : gates.back().end) + counts[i]});
+  }
+  TORCH_CHECK(gates.back().end == tokens.size(0), "the gates do not share out all tokens");
   Tensor result = at::empty({tokens.size(0), outputs}, hidden.options().dtype(at::kFloat));
   with_values(hidden, [&](const auto* x) {
-    gate_rows(x, hidden.size(1), tokens.const_data_ptr<int64_t>(), runs,
-              reinterpret_cast<const Factors*>(gates.const_data_ptr<int64_t>()), outputs,
-              result.mutable_data_ptr<float>());
+    gate_rows(x, width, tokens.const_data_ptr<int64_t>(), gates, outputs, result.mutable_data_ptr<float>());
   });
   return result;
 }
 
-// See mix_rows: own [m, d], own_weights [m], routed [k, d], rows and weights [c, m].
-Tensor weighted_sum(const Tensor& own, const Tensor& own_weights, const Tensor& routed, const Tensor& rows,
-                    const Tensor& weights) {
-  const int64_t m = own.size(0), width = own.size(1);
-  TORCH_CHECK(own.is_contiguous() && routed.is_contiguous() && rows.is_contiguous() && weights.is_contiguous() &&
-                  own_weights.is_contiguous(), "inputs must be contiguous");
-  TORCH_CHECK(own_weights.size(0) == m && rows.sizes() == weights.sizes() && rows.size(1) == m &&
-                  routed.size(1) == width, "the shapes do not fit each other");
-  TORCH_CHECK(rows.numel() == 0 || rows.max().item<int64_t>() < routed.size(0), "no such row in routed");
-  Tensor result = at::empty_like(own);
-  with_values(own, [&](const auto* x) {
+// Logits [n, T] of voting tokens, and the request 0..v-1 of each, in order → the layers [v, top_k] that each
+// request chose, and their weights [v, top_k].
+std::tuple<Tensor, Tensor> elect_layers(const Tensor& logits, const Tensor& owners, int64_t requests,
+                                        const std::string& score, int64_t top_k) {
+  const int64_t n = logits.size(0), layers = logits.size(1);
+  TORCH_CHECK(logits.is_contiguous() && owners.is_contiguous() && owners.size(0) == n && top_k <= layers,
+              "there must be an owner for each row of contiguous logits, and layers enough");
+  const Score kind = score == "mode" ? Score::kVote : (score == "softmax" ? Score::kSoftmax : Score::kSigmoid);
+  Tensor chosen = at::empty({requests, top_k}, owners.options());
+  Tensor weights = at::empty({requests, top_k}, logits.options());
+  const int64_t* owner = owners.const_data_ptr<int64_t>();
+  int64_t begin = 0;
+  for (int64_t r = 0; r < requests; ++r) {
+    int64_t end = begin;
+    while (end < n && owner[end] == r) ++end;
+    elect(logits.const_data_ptr<float>() + begin * layers, end - begin, layers, kind, top_k,
+          chosen.mutable_data_ptr<int64_t>() + r * top_k, weights.mutable_data_ptr<float>() + r * top_k);
+    begin = end;
+  }
+  TORCH_CHECK(begin == n, "the owners of tokens must be in order");
+  return {chosen, weights};
+}
+
+// The outputs [k, d] of a depth's own layer on all requests, whose rows lie from bounds[r] to bounds[r + 1], and
+// behind them those of the `visits` [v] of requests to routed layers, in order → own[r] · the former +
+// Σ_visits weights[v] · the latter [m, d].
+Tensor mix(const Tensor& outputs, const Tensor& bounds, const Tensor& own, const Tensor& visits,
+           const Tensor& weights) {
+  TORCH_CHECK(outputs.is_contiguous() && bounds.is_contiguous() && own.is_contiguous() && visits.is_contiguous() &&
+                  weights.is_contiguous(), "inputs must be contiguous");
+  const int64_t requests = own.size(0), width = outputs.size(1);
+  TORCH_CHECK(bounds.size(0) == requests + 1 && visits.size(0) == weights.size(0), "the shapes do not fit each other");
+  const int64_t* bound = bounds.const_data_ptr<int64_t>();
+  std::vector<std::vector<Term>> terms(requests);
+  for (int64_t r = 0; r < requests; ++r) terms[r].push_back({bound[r], own.const_data_ptr<float>()[r]});
+  int64_t end = bound[requests];
+  for (int64_t v = 0; v < visits.size(0); ++v) {
+    const int64_t r = visits.const_data_ptr<int64_t>()[v];
+    TORCH_CHECK(0 <= r && r < requests, "no request ", r);
+    terms[r].push_back({end, weights.const_data_ptr<float>()[v]});
+    end += bound[r + 1] - bound[r];
+  }
+  TORCH_CHECK(end == outputs.size(0), "the requests and visits have ", end, " rows, not ", outputs.size(0));
+  Tensor result = at::empty({bound[requests], width}, outputs.options());
+  with_values(outputs, [&](const auto* x) {
     using T = std::decay_t<decltype(*x)>;
-    with_values(routed, [&](const auto* y) {
-      mix_rows(x, own_weights.const_data_ptr<float>(), y, rows.const_data_ptr<int64_t>(),
-               weights.const_data_ptr<float>(), rows.size(0), m, width, result.mutable_data_ptr<T>());
-    });
+    mix_rows(x, terms, bound, width, result.mutable_data_ptr<T>());
   });
   return result;
 }
@@ -440,5 +478,6 @@ TORCH_LIBRARY(molex, m) {
       .def("finish", &molex::PackedLayers::finish);
   m.def("attend", &molex::attend_packed);
   m.def("gate_logits", &molex::gate_logits);
-  m.def("weighted_sum", &molex::weighted_sum);
+  m.def("elect", &molex::elect_layers);
+  m.def("mix", &molex::mix);
 }
