@@ -1,7 +1,7 @@
 """The base model as a set of layers, any of which can run on any rows at any depth.
 
 The modules of transformers' blocks do the work, in two halves a layer (`molex/layers.py`). Attention, between
-them, has no weights, so all layers that run at one depth in one precision share it (`Backbone.attend`).
+them, has no weights, so all layers that run at one depth share it (`Backbone.attend`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from molex.errors import BaseModelError
 from molex.family import FAMILIES, attention_options
 from molex.heads import HeadKind
 from molex.layers import Layers, StockLayers, copied
-from molex.native import build
-from molex.native.layers import NativeLayers, release, runs_natively
+from molex.native.layers import NativeLayers, release, why_not_natively
 from molex.packing import Indices, Packed
 from molex.stage import Stage
 
@@ -73,7 +72,7 @@ class Backbone:
     ) -> None:
         """`model` is a bare encoder or a causal language model.
 
-        With a `routed_dtype` of its own the routed layers are a second copy, in that precision.
+        With a `routed_dtype` of its own the routed branch has a second copy of the layers, in that precision.
         """
         self.config: Any = model.config
         self.family = FAMILIES[self.config.model_type]
@@ -88,14 +87,13 @@ class Backbone:
             AttentionOptions(self.num_kv_heads, *attention_options(block, self.family, self.config))
             for block in blocks
         ]
-        other = None if routed_dtype in (None, base.dtype) else copied(blocks, routed_dtype)
+        routed = [] if routed_dtype in (None, base.dtype) else copied(blocks, routed_dtype)
         self._outside_layers = _nbytes(model) - sum(map(_nbytes, blocks))
         self.stock_blocks = blocks
-        stock = StockLayers(blocks, self.family)
+        stock = StockLayers(blocks, self.family, routed)
         self.modules = stock.modules
         self.num_layers = len(blocks)
-        self.own: Layers = stock
-        self.routed: Layers = stock if other is None else StockLayers(other, self.family)
+        self.layers: Layers = stock
 
     @classmethod
     def from_pretrained(
@@ -156,7 +154,7 @@ class Backbone:
     @property
     def nbytes(self) -> int:
         """Of all weights, in memory."""
-        return self._outside_layers + sum(layers.nbytes for layers in {self.own, self.routed})
+        return self._outside_layers + self.layers.nbytes
 
     def prepack(self, *, int8: bool = False, routed_int8: bool = False) -> None:
         """Lay the weights of all layers out for inference; no gradients afterwards.
@@ -166,42 +164,33 @@ class Backbone:
         routed branch, which are a second copy then. Raises BaseModelError where only the kernels could do
         that, and they cannot run.
         """
-        own, routed = self.own, self.routed
-        if not isinstance(own, StockLayers) or not isinstance(routed, StockLayers):
+        stock = self.layers
+        if not isinstance(stock, StockLayers):
             return
-        native = [layers for layers in (own, routed) if self._runs_natively(layers)]
-        if (int8 and own not in native) or (routed_int8 and routed not in native):
-            raise BaseModelError(
-                f"8-bit weights need the kernels, which {build.why_not(own.dtype, self.device)}"
-            )
-        self.own = self._prepacked(own, int8)
-        alike = routed is own and int8 == (int8 or routed_int8)
-        self.routed = self.own if alike else self._prepacked(routed, int8 or routed_int8)
-        for layers in native:
-            release(layers.blocks)
-
-    def _runs_natively(self, layers: StockLayers) -> bool:
-        return runs_natively(self.family, self.config) and build.why_not(layers.dtype, self.device) is None
-
-    def _prepacked(self, layers: StockLayers, int8: bool) -> Layers:
-        if self._runs_natively(layers):
-            return NativeLayers(layers.blocks, self.family, self.config, int8=int8)
-        layers.prepack()
-        return layers
+        why_not = why_not_natively(stock, self.family, self.config)
+        if why_not is None:
+            routed = int8 or routed_int8
+            self.layers = NativeLayers(stock, self.family, self.config, int8=int8, routed_int8=routed)
+            release(stock.blocks)
+        elif int8 or routed_int8:
+            raise BaseModelError(f"8-bit weights need the kernels, which {why_not}")
+        else:
+            stock.prepack()
 
     @torch.inference_mode()
     def warm_up(self, max_rows: int) -> None:
         """Have the matrix kernels for up to `max_rows` rows compiled now, not while a request waits.
 
-        All layers have the same shapes, so the first one calls for every kernel.
+        All layers of a branch have the same shapes, so its first one calls for every kernel.
         """
         width = self.config.num_attention_heads * self.head_dim
-        for layers in {self.own, self.routed}:
+        layers = self.layers
+        for number in {0, layers.first_routed}:
             for rows in layers.compiled_sizes(max_rows):
                 stage = Stage.of_the_base(rows, self.device)
                 x = torch.zeros(rows, self.config.hidden_size, dtype=layers.dtype, device=self.device)
-                layers.project(stage, [0], x)
-                layers.finish(stage, [0], x, x.new_zeros(rows, width))
+                layers.project(stage, [number], x)
+                layers.finish(stage, [number], x, x.new_zeros(rows, width))
 
     def embed(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
         """Token ids, positions and token types [n] → hidden states [n, d]."""
@@ -217,7 +206,6 @@ class Backbone:
 
     def attend(
         self,
-        layers: Layers,
         number: int,
         projected: Tensor,
         packed: Packed,
@@ -233,7 +221,8 @@ class Backbone:
         heads = projected.view(len(projected), -1, self.head_dim)
         if rotary is not None:
             heads = _rotated(heads, self.num_kv_heads, *rotary)
-        return layers.attend(heads, packed, kv, self._attention[number], rows).flatten(-2)
+        options = self._attention[number % self.num_layers]
+        return self.layers.attend(heads, packed, kv, options, rows).flatten(-2)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm after the last layer, where the family has one."""

@@ -12,7 +12,6 @@ from molex.backbone import Backbone
 from molex.forward import Forward
 from molex.kv_cache import KVCache
 from molex.lora import BatchLora
-from molex.mixing import terms_of
 from molex.native.decoding import NativeDecoding
 from molex.native.layers import NativeLayers
 from molex.passes import RunOutput, RunStats
@@ -21,10 +20,8 @@ from molex.row import Row
 
 
 def can_decode(backbone: Backbone) -> bool:
-    """Whether the kernels run all layers of a base, in one precision and with one attention."""
-    return isinstance(backbone.own, NativeLayers) and backbone.layers_share_attention and (
-        backbone.routed is backbone.own
-    )
+    """Whether the kernels run all layers of a base, with one attention."""
+    return isinstance(backbone.layers, NativeLayers) and backbone.layers_share_attention
 
 
 def is_decoding(row: Row) -> bool:
@@ -77,20 +74,17 @@ class Decoding:
 
 def _planned(forward: Forward, cache: KVCache) -> tuple[RunStats, NativeDecoding]:
     backbone, layout = forward.backbone, forward.packed
-    assert isinstance(backbone.own, NativeLayers)
+    assert isinstance(backbone.layers, NativeLayers)
     count, num_heads = len(layout), backbone.config.num_attention_heads
-    steps = NativeDecoding(backbone.own, count, num_heads, backbone.head_dim, backbone.attention_options)
+    steps = NativeDecoding(backbone.layers, count, num_heads, backbone.head_dim, backbone.attention_options)
     pinned = [row.route or () for row in forward.rows]
     router = Router(forward.adapters, layout, [1] * count, pinned)
     distinct_layers = 0
     for depth in range(backbone.num_layers):
         plan = router.plan(depth, torch.empty(0))
         distinct_layers += len(plan.groups)
-        [(layers, calls)] = forward.calls(depth, plan)
-        arranged = forward.arranged(calls, layers)
-        terms = None
-        if plan.own is not None:
-            terms = terms_of(layout, plan, count, arranged.stage.sizes[1:])
+        [calls] = forward.calls(depth, plan)
+        arranged = forward.arranged(calls)
         numbers = [call.layer for call in calls]
-        steps.add_depth(arranged.stage, numbers, arranged.pages, cache.depths[depth], terms)
+        steps.add_depth(arranged.stage, numbers, arranged.pages, cache.depths[depth], plan)
     return RunStats(count, len(forward.adapters), distinct_layers), steps

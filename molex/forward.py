@@ -15,18 +15,16 @@ from molex.adapter import Adapter
 from molex.attention import KVPlan, KVStreams
 from molex.backbone import Backbone
 from molex.kv_cache import KVCache
-from molex.layers import Layers
 from molex.lora import BatchLora
-from molex.mixing import mix
 from molex.packing import Indices, Packed, ranges
-from molex.routing import RoutePlan
+from molex.plan import RoutePlan
 from molex.row import Row
 from molex.stage import Stage
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One layer at one depth and the requests that run through it.
+    """One layer at one depth, numbered as in `Layers`, and the requests that run through it.
 
     `choices[i]` says what the layer is to `requests[i]`: 0 its own, 1 or 2 its first or second choice.
     """
@@ -85,8 +83,6 @@ class Forward:
             causal=backbone.family.causal,
             device=backbone.device,
         )
-        # Looked up once: a set of layers finds its own by walking through the modules of a block.
-        self._dtypes = {layers: layers.dtype for layers in (backbone.own, backbone.routed)}
         self._rotary: tuple[Tensor, Tensor] | None = None
         self._everyone = np.arange(len(rows))
         needed = [self._needed_tokens(row, lm_logits) for row in self.rows]
@@ -99,7 +95,7 @@ class Forward:
             device=backbone.device,
         )
         self._lora = lora
-        self._arrangements: dict[tuple[Layers, tuple[bytes, ...]], Arrangement] = {}
+        self._arrangements: dict[tuple[bytes, ...], Arrangement] = {}
         self._pages = _page_table(self.rows)
 
     def _needed_tokens(self, row: Row, lm_logits: str) -> range:
@@ -115,7 +111,7 @@ class Forward:
         """The input of depth 0: [n, d], and rows of padding behind."""
         backbone = self.backbone
         count = self.packed.num_tokens
-        tokens = self._tensor(_padded([count], [backbone.own.padded_rows(count)]))
+        tokens = self._tensor(_padded([count], [backbone.layers.padded_rows(count)]))
         ids = self._tensor([token for row in self.rows for token in row.token_ids])
         positions = self._tensor(self.packed.positions)
         types = None
@@ -135,30 +131,27 @@ class Forward:
         last = depth == self.backbone.num_layers - 1
         outputs = [
             output
-            for layers, calls in self.calls(depth, plan)
-            for output in self._run(depth, layers, calls, hidden.to(self._dtypes[layers]), last=last)
+            for calls in self.calls(depth, plan)
+            for output in self._run(depth, calls, hidden, last=last)
         ]
         if plan.own is None:
             return outputs[0]
         layout = self._result if last else self.packed
-        return mix(layout, plan, outputs[0], outputs[1:], self.backbone.own.weighted_sum)
+        return self.backbone.layers.mix(layout, plan, outputs)
 
-    def calls(self, depth: int, plan: RoutePlan) -> list[tuple[Layers, list[LayerCall]]]:
+    def calls(self, depth: int, plan: RoutePlan) -> list[list[LayerCall]]:
         """The own layer and the routed ones, those side by side that can share attention."""
-        own, routed = self.backbone.own, self.backbone.routed
-        first = LayerCall(depth, self._everyone, np.zeros_like(self._everyone))
-        others = [LayerCall(*group) for group in plan.groups]
-        if not self.backbone.layers_share_attention:
-            return [(own, [first]), *((routed, [call]) for call in others)]
-        if own is routed:
-            return [(own, [first, *others])]
-        return [(own, [first]), *([(routed, others)] if others else [])]
+        first_routed = self.backbone.layers.first_routed
+        calls = [LayerCall(depth, self._everyone, np.zeros_like(self._everyone))]
+        calls += [
+            LayerCall(first_routed + layer, requests, choices) for layer, requests, choices in plan.groups
+        ]
+        return [calls] if self.backbone.layers_share_attention else [[call] for call in calls]
 
-    def _run(
-        self, depth: int, layers: Layers, calls: Sequence[LayerCall], hidden: Tensor, *, last: bool
-    ) -> Sequence[Tensor]:
+    def _run(self, depth: int, calls: Sequence[LayerCall], hidden: Tensor, *, last: bool) -> Sequence[Tensor]:
         """The outputs of several layers, with one attention over all their rows."""
-        arranged = self.arranged(calls, layers)
+        layers = self.backbone.layers
+        arranged = self.arranged(calls)
         numbers = [call.layer for call in calls]
         stage = arranged.stage
         projected = layers.project(stage, numbers, hidden)
@@ -166,23 +159,23 @@ class Forward:
             requests = np.concatenate([call.requests for call in calls])
             first = arranged.packed.offsets + self._first_needed[requests]
             needed = ranges(first, self._result.lengths[requests])
-            stage = self._stage(calls, layers, self._result, arranged.tokens, needed)
+            stage = self._stage(calls, self._result, arranged.tokens, needed)
         kv = None
         if self.cache is not None and arranged.kv is not None:
             kv = KVStreams(self.cache.depths[depth], arranged.kv)
         attended = self.backbone.attend(
-            layers, numbers[0], projected, arranged.packed, arranged.rotary, kv, stage.rows
+            numbers[0], projected, arranged.packed, arranged.rotary, kv, stage.rows
         )
         return layers.finish(stage, numbers, hidden, attended)
 
-    def arranged(self, calls: Sequence[LayerCall], layers: Layers) -> Arrangement:
+    def arranged(self, calls: Sequence[LayerCall]) -> Arrangement:
         """The tokens of calls that share attention."""
-        key = layers, tuple(indices.tobytes() for call in calls for indices in (call.requests, call.choices))
+        key = tuple(indices.tobytes() for call in calls for indices in (call.requests, call.choices))
         if key not in self._arrangements:
-            self._arrangements[key] = self._arrange(calls, layers)
+            self._arrangements[key] = self._arrange(calls)
         return self._arrangements[key]
 
-    def _arrange(self, calls: Sequence[LayerCall], layers: Layers) -> Arrangement:
+    def _arrange(self, calls: Sequence[LayerCall]) -> Arrangement:
         requests = np.concatenate([call.requests for call in calls])
         tokens = self.packed.tokens(requests)
         packed = self.packed if np.array_equal(requests, self._everyone) else self.packed.subset(requests)
@@ -190,21 +183,20 @@ class Forward:
         if rotary is not None:
             at = self._tensor(tokens)
             rotary = rotary[0].index_select(0, at), rotary[1].index_select(0, at)
-        stage = self._stage(calls, layers, self.packed, tokens, np.arange(len(tokens)))
+        stage = self._stage(calls, self.packed, tokens, np.arange(len(tokens)))
         pages = self._pages[requests, np.concatenate([call.choices for call in calls])]
         return Arrangement(tokens, packed, rotary, pages, self.backbone.num_kv_heads, stage)
 
     def _stage(
         self,
         calls: Sequence[LayerCall],
-        layers: Layers,
         layout: Packed,
         tokens: Indices,
         among: Indices,
     ) -> Stage:
         """Read the places `among` of the tokens side by side; `layout` says how many those are by request."""
         counts = [int(layout.lengths[call.requests].sum()) for call in calls]
-        sizes = [layers.padded_rows(count) for count in counts]
+        sizes = [self.backbone.layers.padded_rows(count) for count in counts]
         rows = among[_padded(counts, sizes)]
         runs = [layout.segments(call.requests) for call in calls]
         return Stage(rows, self._tensor(tokens[rows]), counts, sizes, runs, self._lora)

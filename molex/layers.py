@@ -1,4 +1,4 @@
-"""The layers of a base model in one precision, each in two halves with attention between them."""
+"""The layers of a base model, each in two halves with attention between them."""
 
 from __future__ import annotations
 
@@ -11,26 +11,33 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from molex.attention import AttentionOptions, KVStreams, attend
+from molex.config import VoteConfig
 from molex.family import Family
 from molex.gate import Gate, gate_logits
 from molex.lora import ActiveLora, AdaptedLinear, LoraSwitch
+from molex.mixing import mix
 from molex.packing import Indices, Packed
+from molex.plan import RoutePlan
 from molex.prepack import can_prepack, in_and_out, padded_rows
 from molex.projections import Projections
 from molex.stage import Stage
-from molex.weighted_sum import Terms, summed_in_steps
+from molex.votes import Ballots, Election, elect
 
 
 class Layers(Protocol):
-    """T layers, any of which run on any rows.
+    """T layers, any of which run on any rows, or 2T where the routed branch has a precision of its own.
 
     A call of a half runs several layers, `numbers`, each on its own rows of the hidden states [m, d], which
     the stage lists call by call.
     """
 
     @property
+    def first_routed(self) -> int:
+        """The number of layer 0 in the routed branch: T, or 0 where that has the same layers."""
+
+    @property
     def dtype(self) -> torch.dtype:
-        """Of hidden states."""
+        """Of hidden states, queries, keys and values."""
 
     @property
     def nbytes(self) -> int:
@@ -42,7 +49,9 @@ class Layers(Protocol):
     def finish(
         self, stage: Stage, numbers: Sequence[int], hidden: Tensor, attended: Tensor
     ) -> Sequence[Tensor]:
-        """The second half, from what attention returned for the rows: each call's output [rows, d]."""
+        """The second half, from what attention returned for the rows: the outputs [rows, d] of the calls, in
+        a piece each or side by side.
+        """
 
     def attend(
         self, heads: Tensor, packed: Packed, kv: KVStreams | None, options: AttentionOptions, rows: Indices
@@ -54,8 +63,11 @@ class Layers(Protocol):
     ) -> Tensor:
         """The logits of gates on the rows `tokens` of the hidden states; see `molex.gate.gate_logits`."""
 
-    def weighted_sum(self, own: Tensor, routed: Tensor, terms: Terms, /) -> Tensor:
-        """The mixture of outputs; see `molex.weighted_sum.WeightedSum`."""
+    def elect(self, ballots: Ballots, vote: VoteConfig, top_k: int) -> Election:
+        """The votes of requests; see `molex.votes.elect`."""
+
+    def mix(self, layout: Packed, plan: RoutePlan, outputs: Sequence[Tensor]) -> Tensor:
+        """The mixture of what `finish` returned for a depth; see `molex.mixing.mix`."""
 
     def padded_rows(self, rows: int) -> int:
         """How many rows a call needs for `rows`; the others may hold anything."""
@@ -67,31 +79,38 @@ class Layers(Protocol):
 class StockLayers:
     """The T blocks of a transformers model, whose linear layers add the low-rank updates of the batch.
 
-    `modules` gives the linear layers of a block and their (inputs, outputs).
+    `routed` are those of the routed branch, where they have a precision of their own. `modules` gives the
+    linear layers of a block and their (inputs, outputs).
     """
 
-    def __init__(self, blocks: list[Any], family: Family) -> None:
-        self.blocks = blocks
-        self.nbytes = sum(parameter.nbytes for block in blocks for parameter in block.parameters())
+    def __init__(self, blocks: Sequence[Any], family: Family, routed: Sequence[Any] = ()) -> None:
+        self.blocks = [*blocks, *routed]
+        self.num_layers = len(blocks)
+        self.first_routed = len(routed)
+        self.dtypes: list[torch.dtype] = [next(block.parameters()).dtype for block in self.blocks]
+        self.nbytes = sum(parameter.nbytes for block in self.blocks for parameter in block.parameters())
         self.switch = LoraSwitch()
         self.modules = _wrap_linear_layers(blocks, self.switch)
+        _wrap_linear_layers(routed, self.switch)
         self._family = family
         self._projections = [
-            Projections([block.get_submodule(name) for name in family.projections]) for block in blocks
+            Projections([block.get_submodule(name) for name in family.projections]) for block in self.blocks
         ]
         self._prepacked = False
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.blocks[0].parameters()).dtype  # type: ignore[no-any-return]
+        return self.dtypes[0]
 
     def prepack(self) -> None:
         """Lay the weights out for inference (`molex/prepack.py`); no gradients afterwards."""
         device = next(self.blocks[0].parameters()).device
-        if self._prepacked or not can_prepack(self.dtype, device):
+        if self._prepacked:
             return
-        self._prepacked = True
-        for block, projections in zip(self.blocks, self._projections, strict=True):
+        for block, projections, dtype in zip(self.blocks, self._projections, self.dtypes, strict=True):
+            if not can_prepack(dtype, device):
+                continue
+            self._prepacked = True
             projections.prepack()
             for module in block.modules():
                 if isinstance(module, AdaptedLinear) and module not in projections.modules:
@@ -106,15 +125,17 @@ class StockLayers:
     def project(self, stage: Stage, numbers: Sequence[int], hidden: Tensor) -> Tensor:
         calls = zip(numbers, stage.read(hidden), stage.active, stage.counts, strict=True)
         pieces = [self._project(number, x, lora)[:count] for number, x, lora, count in calls]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return pieces[0] if len(pieces) == 1 else torch.cat([piece.to(self.dtype) for piece in pieces])
 
     def finish(
         self, stage: Stage, numbers: Sequence[int], hidden: Tensor, attended: Tensor
     ) -> Sequence[Tensor]:
-        calls = zip(numbers, stage.read(hidden), attended.split(list(stage.sizes)), stage.active, strict=True)
+        rows, pieces = stage.read(hidden), attended.split(list(stage.sizes))
+        dtypes = [self.dtypes[number] for number in numbers]
+        calls = zip(numbers, rows, pieces, stage.active, dtypes, strict=True)
         return [
-            self.switch.call(lora, self._family.finish, self.blocks[number], x, piece)
-            for number, x, piece, lora in calls
+            self.switch.call(lora, self._family.finish, self.blocks[number], x.to(dtype), piece.to(dtype))
+            for number, x, piece, lora, dtype in calls
         ]
 
     def attend(
@@ -127,10 +148,14 @@ class StockLayers:
     ) -> Tensor:
         return gate_logits(gates, lengths, hidden, tokens)
 
-    def weighted_sum(self, own: Tensor, routed: Tensor, terms: Terms, /) -> Tensor:
-        return summed_in_steps(own, routed, terms)
+    def elect(self, ballots: Ballots, vote: VoteConfig, top_k: int) -> Election:
+        return elect(ballots, vote, top_k)
+
+    def mix(self, layout: Packed, plan: RoutePlan, outputs: Sequence[Tensor]) -> Tensor:
+        return mix(layout, plan, outputs)
 
     def _project(self, number: int, x: Tensor, lora: ActiveLora | None) -> Tensor:
+        x = x.to(self.dtypes[number])
         if self._family.norm_before is not None:
             x = getattr(self.blocks[number], self._family.norm_before)(x)
         return self.switch.call(lora, self._projections[number], x)
@@ -141,7 +166,7 @@ def copied(blocks: list[Any], dtype: torch.dtype) -> list[Any]:
     return [copy.deepcopy(block).to(dtype) for block in blocks]
 
 
-def _wrap_linear_layers(blocks: list[Any], switch: LoraSwitch) -> dict[str, tuple[int, int]]:
+def _wrap_linear_layers(blocks: Sequence[Any], switch: LoraSwitch) -> dict[str, tuple[int, int]]:
     """Wrap every linear layer of every block; returns their names in a block and (inputs, outputs)."""
     modules: dict[str, tuple[int, int]] = {}
     for number, block in enumerate(blocks):

@@ -96,6 +96,11 @@ class Packed:
         return len(self.lengths)
 
     @cached_property
+    def bounds(self) -> Tensor:
+        """Where requests begin and the last one ends [r + 1]."""
+        return torch.from_numpy(np.append(self.offsets, self.num_tokens)).to(self.device)
+
+    @cached_property
     def positions(self) -> Indices:
         """The position [n] of each token in its own request, counted from 0."""
         return ranges(self.past, self.lengths)

@@ -62,8 +62,10 @@ class Pass:
         self._forward = forward
         self._lm_logits: Literal["last", "all"] = lm_logits
         pinned = [row.route for row in forward.rows]
-        logits = forward.backbone.own.gate_logits
-        self._router = Router(forward.adapters, forward.packed, voters, pinned, logits)
+        layers = forward.backbone.layers
+        self._router = Router(
+            forward.adapters, forward.packed, voters, pinned, layers.gate_logits, layers.elect
+        )
         self._hidden = forward.embed()
         self._num_depths = forward.backbone.num_layers
         self._depth = 0

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from molex.attention import AttentionOptions
 from molex.kv_cache import DepthCache
-from molex.native.layers import NativeLayers, calls_of
+from molex.native.layers import NativeLayers
 from molex.packing import Indices
+from molex.plan import RoutePlan
 from molex.stage import Stage
-from molex.weighted_sum import Terms
 
 
 class NativeDecoding:
@@ -33,16 +33,18 @@ class NativeDecoding:
         )
 
     def add_depth(
-        self, stage: Stage, numbers: Sequence[int], pages: Indices, cache: DepthCache, terms: Terms | None
+        self, stage: Stage, numbers: Sequence[int], pages: Indices, cache: DepthCache, plan: RoutePlan
     ) -> None:
         """The next depth: its layer calls, of which the first is the own layer on all rows.
 
-        `pages` [places, p] are those of the stream that each place of the stage writes and reads. `terms` mix
-        the calls' outputs, if there are several.
+        `pages` [places, p] are those of the stream that each place of the stage writes and reads.
         """
-        mixing = [] if terms is None else [terms.own.float(), terms.rows, terms.weights.float()]
+        mixing = []
+        if plan.own is not None and plan.weights is not None:
+            mixing = [plan.own.float(), torch.from_numpy(plan.requests), plan.weights.float()]
         self._steps.add(
-            calls_of(stage, numbers),
+            numbers,
+            stage.counts,
             stage.tokens,
             stage.runs_side_by_side,
             self._layers.factors_of(stage.lora),

@@ -12,13 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from molex.attention import AttentionOptions, KVStreams, attend
+from molex.config import VoteConfig
 from molex.family import Family
 from molex.gate import Gate, LinearGate, gate_logits
+from molex.layers import StockLayers
 from molex.lora import AdaptedLinear, BatchLora, LoraWeights
+from molex.native import build
+from molex.native.votes import elect
 from molex.native.weights import PackedLinear, pack
 from molex.packing import Indices, Packed
+from molex.plan import RoutePlan
 from molex.stage import Stage
-from molex.weighted_sum import Terms
+from molex.votes import Ballots, Election
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -57,28 +62,39 @@ class FactorTable:
 
 
 class NativeLayers:
-    """The layers of a base model with packed weights, in float32 or bfloat16, or with weights in 8 bits.
+    """The layers of a base model with packed weights, in float32, bfloat16 or 8 bits.
 
-    With 8-bit weights the rows that they multiply are rounded to 8 bits too, each on its own scale. No
-    gradients.
+    All that is not a product is in the precision of the own layers. What weights in another one multiply is
+    rounded to it first; in 8 bits each row has its own scale. No gradients.
     """
 
-    def __init__(self, blocks: Sequence[Any], family: Family, config: Any, *, int8: bool) -> None:
-        """Pack the weights of blocks whose linear layers are wrapped (`StockLayers`)."""
-        names = [name for name, m in blocks[0].named_modules() if isinstance(m, AdaptedLinear)]
-        self._places = {name: place for place, name in enumerate(names)}
+    def __init__(
+        self, stock: StockLayers, family: Family, config: Any, *, int8: bool, routed_int8: bool
+    ) -> None:
+        """Pack the weights of blocks; those of the routed branch once more if they are to differ."""
+        blocks, routed = stock.blocks[: stock.num_layers], stock.blocks[-stock.num_layers :]
+        self.first_routed = stock.num_layers if stock.first_routed or routed_int8 != int8 else 0
+        self._places = {name: place for place, name in enumerate(stock.modules)}
         self._family = family
-        self.dtype: torch.dtype = next(blocks[0].parameters()).dtype
+        self.dtype = stock.dtype
         self.nbytes = 0
         norm_after = family.norm_before is None
         eps = _eps(blocks[0].get_submodule(family.norms[0]))
         activation = ACTIVATIONS[getattr(config, family.activation)]
+        self._num_layers = stock.num_layers
         self.packed = torch.classes.molex.PackedLayers(
-            self.dtype == torch.bfloat16, activation, len(family.up) == 2, norm_after, eps, len(names)
+            self.dtype == torch.bfloat16,
+            activation,
+            len(family.up) == 2,
+            norm_after,
+            eps,
+            self._num_layers,
+            len(self._places),
         )
         for block in blocks:
             self._add(block, int8)
-        self._num_layers = len(blocks)
+        for block in routed if self.first_routed else []:
+            self._add(block, routed_int8)
         self._tables: WeakKeyDictionary[LoraWeights, FactorTable] = WeakKeyDictionary()
         self._factors: tuple[ReferenceType[BatchLora], Tensor] | None = None
 
@@ -104,23 +120,16 @@ class NativeLayers:
         return [size for size in sizes if size <= max_rows]
 
     def project(self, stage: Stage, numbers: Sequence[int], hidden: Tensor) -> Tensor:
-        result: Tensor = self.packed.project(
-            hidden,
-            stage.tokens,
-            calls_of(stage, numbers),
-            stage.runs_side_by_side,
-            self.factors_of(stage.lora),
-        )
+        runs, factors = stage.runs_side_by_side, self.factors_of(stage.lora)
+        result: Tensor = self.packed.project(hidden, stage.tokens, numbers, stage.counts, runs, factors)
         return result
 
     def finish(
         self, stage: Stage, numbers: Sequence[int], hidden: Tensor, attended: Tensor
     ) -> Sequence[Tensor]:
-        calls, runs = calls_of(stage, numbers), stage.runs_side_by_side
-        factors = self.factors_of(stage.lora)
-        result: Tensor = self.packed.finish(hidden, stage.tokens, attended, calls, runs, factors)
-        outputs: Sequence[Tensor] = result.split(list(stage.sizes))
-        return outputs
+        runs, factors = stage.runs_side_by_side, self.factors_of(stage.lora)
+        rows, counts = stage.tokens, stage.counts
+        return [self.packed.finish(hidden, rows, attended, numbers, counts, runs, factors)]
 
     def attend(
         self, heads: Tensor, packed: Packed, kv: KVStreams | None, options: AttentionOptions, rows: Indices
@@ -129,9 +138,8 @@ class NativeLayers:
             return attend(heads, packed, kv, options, rows)
         if kv is not None:
             kv.write(heads[:, -2 * options.num_kv_heads :])
-        offsets = torch.from_numpy(np.append(packed.offsets, packed.num_tokens))
-        output: Tensor = torch.ops.molex.attend(
-            heads, offsets, options.num_kv_heads, options.scaling, packed.causal, options.window or 0
+        output: Tensor = torch.ops.molex.attend.default(
+            heads, packed.bounds, options.num_kv_heads, options.scaling, packed.causal, options.window or 0
         )
         return output if len(rows) == len(output) else output.index_select(0, torch.from_numpy(rows))
 
@@ -140,24 +148,22 @@ class NativeLayers:
     ) -> Tensor:
         if not all(_is_linear(gate) for gate in gates):
             return gate_logits(gates, lengths, hidden, tokens)
-        one = int(np.float64(1).view(np.int64))
-        fields = [
-            (gate.weight.data_ptr(), gate.bias.data_ptr(), self._num_layers, 0, one)
-            for gate in gates
-            if isinstance(gate, LinearGate)
-        ]
-        counts = torch.tensor([sum(numbers) for numbers in lengths])
-        logits: Tensor = torch.ops.molex.gate_logits(
-            hidden, tokens, counts, torch.tensor(fields), self._num_layers
-        )
+        counts = [sum(numbers) for numbers in lengths]
+        tensors = [(gate.weight, gate.bias) for gate in gates if isinstance(gate, LinearGate)]
+        weights, biases = zip(*tensors, strict=True)
+        logits: Tensor = torch.ops.molex.gate_logits.default(hidden, tokens, counts, weights, biases)
         return logits
 
-    def weighted_sum(self, own: Tensor, routed: Tensor, terms: Terms, /) -> Tensor:
-        routed = routed if routed.dtype == torch.bfloat16 else routed.float()
-        result: Tensor = torch.ops.molex.weighted_sum(
-            own, terms.own.float(), routed, terms.rows, terms.weights.float()
-        )
-        return result
+    def elect(self, ballots: Ballots, vote: VoteConfig, top_k: int) -> Election:
+        return elect(ballots, vote, top_k)
+
+    def mix(self, layout: Packed, plan: RoutePlan, outputs: Sequence[Tensor]) -> Tensor:
+        assert plan.own is not None
+        assert plan.weights is not None
+        together = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs))
+        own, visits, weights = plan.own.float(), torch.from_numpy(plan.requests), plan.weights.float()
+        mixed: Tensor = torch.ops.molex.mix.default(together, layout.bounds, own, visits, weights)
+        return mixed
 
     def factors_of(self, lora: BatchLora) -> Tensor:
         """The tables of the batch's adapters [members, sites, 5]."""
@@ -174,9 +180,13 @@ class NativeLayers:
         return self._tables[lora]
 
 
-def runs_natively(family: Family, config: Any) -> bool:
-    """Whether the kernels know the function between the two halves of the feed-forward part."""
-    return getattr(config, family.activation) in ACTIVATIONS
+def why_not_natively(stock: StockLayers, family: Family, config: Any) -> str | None:
+    """Why layers cannot run on the kernels; None where they can."""
+    if (activation := getattr(config, family.activation)) not in ACTIVATIONS:
+        return f"do not know the function {activation}"
+    device = next(stock.blocks[0].parameters()).device
+    reasons = (build.why_not(dtype, device) for dtype in dict.fromkeys(stock.dtypes))
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def release(blocks: Sequence[Any]) -> None:
@@ -189,11 +199,6 @@ def release(blocks: Sequence[Any]) -> None:
 
 def _is_linear(gate: Gate) -> bool:
     return isinstance(gate, LinearGate) and gate.weight.dtype == torch.float32 and gate.weight.is_contiguous()
-
-
-def calls_of(stage: Stage, numbers: Sequence[int]) -> Tensor:
-    """The layer and the number of rows of each call [c, 2]."""
-    return torch.tensor([numbers, stage.counts]).T
 
 
 def _norm(module: Any) -> list[Tensor]:

@@ -52,7 +52,7 @@ def test_only_the_routed_branch_is_rounded(family, routed_dtype, prepack, base_f
 
 def test_a_second_copy_of_the_layers_counts_as_memory(base_folder):
     exact, reduced = models(base_folder("gpt2"), torch.bfloat16, prepack=False)
-    in_layers = sum(p.nbytes for block in exact.backbone.own.blocks for p in block.parameters())
+    in_layers = sum(p.nbytes for block in exact.backbone.layers.blocks for p in block.parameters())
     assert 0 < in_layers < exact.nbytes
     assert reduced.nbytes == exact.nbytes + in_layers // 2
 

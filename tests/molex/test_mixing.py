@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from molex.mixing import mix
 from molex.packing import Packed
-from molex.routing import RoutePlan
-from molex.weighted_sum import summed_in_steps
+from molex.plan import RoutePlan
 from tests.molex.native.kernels import needs_kernels
 
 CPU = torch.device("cpu")
@@ -28,11 +27,12 @@ def batches(draw):
     return lengths, draw(st.lists(pairs, min_size=len(lengths), max_size=len(lengths)))
 
 
-def summed_natively(own, routed, terms):
-    return torch.ops.molex.weighted_sum(own, terms.own, routed, terms.rows, terms.weights)
+def mix_natively(layout, plan, outputs):
+    visits = torch.from_numpy(plan.requests.copy())
+    return torch.ops.molex.mix(torch.cat(outputs), layout.bounds, plan.own, visits, plan.weights)
 
 
-SUMS = [summed_in_steps, pytest.param(summed_natively, marks=needs_kernels)]
+MIXTURES = [mix, pytest.param(mix_natively, marks=needs_kernels)]
 
 
 def plan_of(chosen, generator, dtype=torch.float32):
@@ -42,16 +42,16 @@ def plan_of(chosen, generator, dtype=torch.float32):
     return RoutePlan(own, layers, requests, choices, weights)
 
 
-@pytest.mark.parametrize("weighted_sum", SUMS)
-@given(batch=batches(), padding=st.integers(0, 3), seed=st.integers(0, 99))
-def test_the_mixture_is_the_weighted_sum(weighted_sum, batch, padding, seed):
+@pytest.mark.parametrize("mix", MIXTURES)
+@given(batch=batches(), seed=st.integers(0, 99))
+def test_the_mixture_is_the_weighted_sum(mix, batch, seed):
     lengths, chosen = batch
     generator = torch.Generator().manual_seed(seed)
     layout = Packed(lengths, [0] * len(lengths), [0] * len(lengths), causal=False, device=CPU)
     plan = plan_of(chosen, generator)
-    own = torch.randn(layout.num_tokens + padding, WIDTH, generator=generator)
+    own = torch.randn(layout.num_tokens, WIDTH, generator=generator)
     routed = [
-        torch.randn(sum(lengths[i] for i in requests) + padding, WIDTH, generator=generator)
+        torch.randn(sum(lengths[i] for i in requests), WIDTH, generator=generator)
         for _, requests, _ in plan.groups
     ]
     expected = own[: layout.num_tokens] * plan.own[layout.owners][:, None]
@@ -61,27 +61,35 @@ def test_the_mixture_is_the_weighted_sum(weighted_sum, batch, padding, seed):
         for i in requests:
             expected[layout.tokens(np.array([i]))] += next(weights) * output[first : first + lengths[i]]
             first += lengths[i]
-    mixed = mix(layout, plan, own, routed, weighted_sum)
-    assert len(mixed) == len(own)
-    torch.testing.assert_close(mixed[: layout.num_tokens], expected)
+    torch.testing.assert_close(mix(layout, plan, [own, *routed]), expected)
 
 
-@pytest.mark.parametrize("weighted_sum", SUMS)
-def test_a_request_without_a_visit_is_untouched_by_what_others_got(weighted_sum):
+def test_rows_of_padding_may_hold_anything():
+    layout = Packed([2, 1], [0, 0], [0, 0], causal=False, device=CPU)
+    plan = plan_of([[1], [1, 2]], torch.Generator().manual_seed(0))
+    outputs = [torch.randn(n, WIDTH) for n in (3, 3, 1)]
+    padded = [torch.cat([output, torch.full((2, WIDTH), math.nan)]) for output in outputs]
+    mixed = mix(layout, plan, padded)
+    assert len(mixed) == 5
+    assert torch.equal(mixed[:3], mix(layout, plan, outputs))
+
+
+@pytest.mark.parametrize("mix", MIXTURES)
+def test_a_request_without_a_visit_is_untouched_by_what_others_got(mix):
     layout = Packed([2, 1], [0, 0], [0, 0], causal=False, device=CPU)
     plan = plan_of([[1], []], torch.Generator().manual_seed(0))
-    mixed = mix(layout, plan, torch.ones(3, WIDTH), [torch.full((2, WIDTH), math.nan)], weighted_sum)
+    mixed = mix(layout, plan, [torch.ones(3, WIDTH), torch.full((2, WIDTH), math.nan)])
     assert mixed[:2].isnan().all()
     assert (mixed[2] == plan.own[1]).all()
 
 
-@pytest.mark.parametrize("weighted_sum", SUMS)
-def test_bfloat16_is_rounded_once(weighted_sum):
+@pytest.mark.parametrize("mix", MIXTURES)
+def test_bfloat16_is_rounded_once(mix):
     layout = Packed([1], [0], [0], causal=False, device=CPU)
     plan = RoutePlan(torch.tensor([0.95]), *np.array([[1], [0], [1]]), torch.tensor([0.05]))
     ones = torch.ones(1, WIDTH, dtype=torch.bfloat16)
     # 0.95 and 0.05 rounded to bfloat16 sum to less than 1.
-    mixed = mix(layout, plan, ones, [ones], weighted_sum)
+    mixed = mix(layout, plan, [ones, ones])
     assert torch.equal(mixed, ones)
     assert mixed.dtype == torch.bfloat16
 
@@ -92,17 +100,17 @@ def test_gradients_reach_outputs_and_weights():
     leaves = [plan.own, plan.weights, *(torch.randn(n, WIDTH, dtype=torch.float64) for n in (3, 3, 1))]
     leaves = [leaf.requires_grad_() for leaf in leaves]
 
-    def run(own_weights, weights, own, *routed):
+    def run(own_weights, weights, *outputs):
         given = RoutePlan(own_weights, plan.layers, plan.requests, plan.choices, weights)
-        return mix(layout, given, own, routed, summed_in_steps)
+        return mix(layout, given, outputs)
 
     assert torch.autograd.gradcheck(run, leaves)
 
 
-@pytest.mark.parametrize("weighted_sum", SUMS)
+@pytest.mark.parametrize("mix", MIXTURES)
 @pytest.mark.parametrize("count", [1, 2])
-def test_where_nobody_visits_only_the_own_weight_counts(count, weighted_sum):
+def test_where_nobody_visits_only_the_own_weight_counts(count, mix):
     layout = Packed([1] * count, [0] * count, [0] * count, causal=False, device=CPU)
     plan = plan_of([[]] * count, torch.Generator().manual_seed(1))
-    mixed = mix(layout, plan, torch.ones(count, WIDTH), [], weighted_sum)
+    mixed = mix(layout, plan, [torch.ones(count, WIDTH)])
     torch.testing.assert_close(mixed, plan.own[:, None].expand(count, WIDTH))

@@ -307,4 +307,4 @@ def test_the_task_loss_reaches_the_gate_only_straight_through(base_folder, gate_
     gate.grad = None
     output.balance_loss.backward()
     assert gate.grad.any()
-    assert all(not p.requires_grad for layer in model.backbone.own.blocks for p in layer.parameters())
+    assert all(not p.requires_grad for layer in model.backbone.layers.blocks for p in layer.parameters())

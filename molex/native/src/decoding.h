@@ -61,8 +61,7 @@ struct DecodingDepth {
   at::Tensor rows;   // [places] rows of the hidden states
   at::Tensor pages;  // [places, p] pages of each place's stream
   at::Tensor cache;  // [pages, 2 · kv heads, page tokens, head_dim]
-  std::vector<at::Tensor> mixing;  // what `terms` points into
-  Terms terms;       // not defined where nothing mixes
+  std::vector<std::vector<Term>> terms;  // of each row; none where nothing mixes
 };
 
 // Rotate x [dim] as RoPE does, halves as pairs (Su et al., 2021, in the order of GPT-NeoX), times `scale`.

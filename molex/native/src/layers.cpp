@@ -14,6 +14,7 @@
 #include "linear.h"
 #include "pass.h"
 #include "rows.h"
+#include "votes.h"
 
 namespace molex {
 namespace {
@@ -75,12 +76,13 @@ struct Scratch {
   NarrowRows narrow;
 };
 
-// The layers of a base model, with packed weights. `T` is the type of activations.
+// The layers of a base model, with packed weights: `depth` of them, or twice as many where those of the routed
+// branch have a precision of their own, and `sites` linear layers each. `T` is the type of activations.
 template <class T>
 class Layers {
  public:
-  Layers(Activation activation, bool gated, bool norm_after, double eps, int64_t sites)
-      : activation_(activation), gated_(gated), norm_after_(norm_after), eps_(eps), sites_(sites) {}
+  Layers(Activation activation, bool gated, bool norm_after, double eps, int64_t depth, int64_t sites)
+      : activation_(activation), gated_(gated), norm_after_(norm_after), eps_(eps), depth_(depth), sites_(sites) {}
 
   void add(Layer layer) { layers_.push_back(std::move(layer)); }
 
@@ -107,7 +109,7 @@ class Layers {
                 const Positions& positions) const;
 
   int64_t size() const { return layers_.size(); }
-  int64_t sites() const { return sites_ * size(); }
+  int64_t sites() const { return sites_ * depth_; }
   int64_t width() const { return layers_[0].project.inputs; }
   int64_t joined() const { return layers_[0].join.inputs; }
 
@@ -121,6 +123,11 @@ class Layers {
 
   static void clear_tail(Operand<T>& x, int64_t r) { std::fill(x.row(r) + x.columns, x.row(r) + x.stride, T(0)); }
 
+  // A layer's low-rank updates are the same in both branches.
+  BlockUpdates updates_of(const Rows& block, const Pass& pass) const {
+    return pass.updates(block, block.layer % depth_ * sites_);
+  }
+
   void project_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Pass& pass,
                      const Team& team, Scratch<T>& s, Tensor& result) const;
   void finish_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Tensor& attended,
@@ -129,14 +136,14 @@ class Layers {
   Activation activation_;
   bool gated_, norm_after_;
   float eps_;
-  int64_t sites_;
+  int64_t depth_, sites_;
   std::vector<Layer> layers_;
 };
 
 template <class T>
 void Layers<T>::project_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Pass& pass,
                               const Team& team, Scratch<T>& s, Tensor& result) const {
-  const BlockUpdates updates = pass.updates(block, sites_);
+  const BlockUpdates updates = updates_of(block, pass);
   const Layer& layer = layers_[block.layer];
   const int64_t width = layer.project.inputs;
   if (team.rank == 0) s.x.resize(kMaxRows, width), s.hidden.resize(kMaxRows * width);
@@ -166,7 +173,7 @@ template <class T>
 void Layers<T>::finish_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Tensor& attended,
                              const Pass& pass, const Team& team, Scratch<T>& s, Tensor& result) const {
   const Layer& layer = layers_[block.layer];
-  const BlockUpdates updates = pass.updates(block, sites_);
+  const BlockUpdates updates = updates_of(block, pass);
   const int64_t width = hidden.size(1), inner = layer.down.inputs;
   if (team.rank == 0) {
     s.x.resize(kMaxRows, std::max(width, attended.size(1)));
@@ -262,9 +269,10 @@ Tensor Layers<T>::decode(const Tensor& hidden, const std::vector<DecodingDepth>&
       share_blocks(everyone, depth.pass.blocks.size(), scratch, [&](int64_t i, const Team& team, Scratch<T>& s) {
         finish_block(depth.pass.blocks[i], input, rows, attended, depth.pass, team, s, output);
       });
-      if (!depth.terms.defined()) continue;
-      const int64_t n = hidden.size(0);
-      everyone.share(n, [&](int64_t i) { mix_row(depth.terms, i, row(output, i), row(output, n), hidden.size(1), row(output, i)); });
+      if (depth.terms.empty()) continue;
+      everyone.share(depth.terms.size(), [&](int64_t i) {
+        mix_row(row(output, 0), depth.terms[i], 0, hidden.size(1), row(output, i));
+      });
       everyone.barrier();
     }
   });
@@ -288,10 +296,11 @@ struct PackedLayers : torch::CustomClassHolder {
   }
 
  public:
-  PackedLayers(bool bfloat16, const std::string& activation, bool gated, bool norm_after, double eps, int64_t sites)
+  PackedLayers(bool bfloat16, const std::string& activation, bool gated, bool norm_after, double eps, int64_t depth,
+               int64_t sites)
       : bfloat16_(bfloat16),
-        narrow_(activation_named(activation), gated, norm_after, eps, sites),
-        wide_(activation_named(activation), gated, norm_after, eps, sites) {}
+        narrow_(activation_named(activation), gated, norm_after, eps, depth, sites),
+        wide_(activation_named(activation), gated, norm_after, eps, depth, sites) {}
 
   // Four linear layers, each [weights, bias, scales, pieces], their numbers of inputs, and two norms.
   void add(const std::vector<std::vector<Tensor>>& linears, const std::vector<int64_t>& inputs,
@@ -302,33 +311,34 @@ struct PackedLayers : torch::CustomClassHolder {
     bfloat16_ ? narrow_.add(std::move(layer)) : wide_.add(std::move(layer));
   }
 
-  Tensor project(const Tensor& hidden, const Tensor& rows, const Tensor& calls, const Tensor& runs,
-                 const Tensor& factors) const {
+  // Layer calls numbers[0] on the first counts[0] rows, and so on.
+  Tensor project(const Tensor& hidden, const Tensor& rows, const std::vector<int64_t>& numbers,
+                 const std::vector<int64_t>& counts, const Tensor& runs, const Tensor& factors) const {
     return with_layers([&](const auto& layers) {
       check_hidden(layers, hidden);
-      check(layers, hidden.size(0), rows, calls, runs, factors);
-      return layers.project(hidden, rows, Pass(calls, runs, factors, layers.sites()));
+      check(layers, hidden.size(0), rows, numbers, counts, runs, factors);
+      return layers.project(hidden, rows, Pass(numbers, counts, runs, factors, layers.sites()));
     });
   }
 
-  Tensor finish(const Tensor& hidden, const Tensor& rows, const Tensor& attended, const Tensor& calls,
-                const Tensor& runs, const Tensor& factors) const {
+  Tensor finish(const Tensor& hidden, const Tensor& rows, const Tensor& attended, const std::vector<int64_t>& numbers,
+                const std::vector<int64_t>& counts, const Tensor& runs, const Tensor& factors) const {
     return with_layers([&](const auto& layers) {
       check_hidden(layers, hidden);
-      check(layers, hidden.size(0), rows, calls, runs, factors);
+      check(layers, hidden.size(0), rows, numbers, counts, runs, factors);
       TORCH_CHECK(attended.is_contiguous() && attended.scalar_type() == hidden.scalar_type() &&
                       attended.sizes() == at::IntArrayRef({rows.size(0), layers.joined()}),
                   "attended must be a contiguous matrix of the rows, like hidden");
-      return layers.finish(hidden, rows, attended, Pass(calls, runs, factors, layers.sites()));
+      return layers.finish(hidden, rows, attended, Pass(numbers, counts, runs, factors, layers.sites()));
     });
   }
 
   // A depth of `count` generations, checked; see Decoding::add.
-  Pass decoding_pass(int64_t count, const Tensor& rows, const Tensor& calls, const Tensor& runs,
-                     const Tensor& factors) const {
+  Pass decoding_pass(int64_t count, const Tensor& rows, const std::vector<int64_t>& numbers,
+                     const std::vector<int64_t>& counts, const Tensor& runs, const Tensor& factors) const {
     return with_layers([&](const auto& layers) {
-      check(layers, count, rows, calls, runs, factors);
-      return Pass(calls, runs, factors, layers.sites());
+      check(layers, count, rows, numbers, counts, runs, factors);
+      return Pass(numbers, counts, runs, factors, layers.sites());
     });
   }
 
@@ -353,19 +363,18 @@ struct PackedLayers : torch::CustomClassHolder {
 
   // `rows` are of `count` hidden states.
   template <class L>
-  void check(const L& layers, int64_t count, const Tensor& rows, const Tensor& calls, const Tensor& runs,
-             const Tensor& factors) const {
+  void check(const L& layers, int64_t count, const Tensor& rows, const std::vector<int64_t>& numbers,
+             const std::vector<int64_t>& counts, const Tensor& runs, const Tensor& factors) const {
     TORCH_CHECK(rows.is_contiguous() && rows.scalar_type() == at::kLong && rows.dim() == 1, "rows must be [n]");
-    TORCH_CHECK(calls.scalar_type() == at::kLong && calls.dim() == 2 && calls.size(1) == 2, "calls must be [c, 2]");
+    TORCH_CHECK(numbers.size() == counts.size(), "there must be a count of rows for each layer call");
     TORCH_CHECK(runs.scalar_type() == at::kLong && runs.dim() == 2 && runs.size(1) == 3, "runs must be [r, 3]");
     TORCH_CHECK(factors.is_contiguous() && factors.scalar_type() == at::kLong && factors.dim() == 3 &&
                     factors.size(1) == layers.sites() && factors.size(2) == 5,
                 "factors must be [members, sites, 5]");
     int64_t total = 0;
-    auto call = calls.accessor<int64_t, 2>();
-    for (int64_t i = 0; i < call.size(0); ++i) {
-      TORCH_CHECK(0 <= call[i][0] && call[i][0] < layers.size() && call[i][1] >= 0, "no such layer call");
-      total += call[i][1];
+    for (size_t i = 0; i < numbers.size(); ++i) {
+      TORCH_CHECK(0 <= numbers[i] && numbers[i] < layers.size() && counts[i] >= 0, "no such layer call");
+      total += counts[i];
     }
     TORCH_CHECK(total == rows.size(0), "the calls have ", total, " rows, not ", rows.size(0));
     const int64_t* index = rows.const_data_ptr<int64_t>();
@@ -384,6 +393,27 @@ struct PackedLayers : torch::CustomClassHolder {
   Layers<float> wide_;
 };
 
+// What the rows of each request are the sum of; see `mix`. There are `rows` outputs.
+std::vector<std::vector<Term>> terms_of(const Tensor& bounds, const Tensor& own, const Tensor& visits,
+                                        const Tensor& weights, int64_t rows) {
+  TORCH_CHECK(bounds.is_contiguous() && own.is_contiguous() && visits.is_contiguous() && weights.is_contiguous(),
+              "inputs must be contiguous");
+  const int64_t requests = own.size(0);
+  TORCH_CHECK(bounds.size(0) == requests + 1 && visits.size(0) == weights.size(0), "the shapes do not fit each other");
+  const int64_t* bound = bounds.const_data_ptr<int64_t>();
+  std::vector<std::vector<Term>> terms(requests);
+  for (int64_t r = 0; r < requests; ++r) terms[r].push_back({bound[r], own.const_data_ptr<float>()[r]});
+  int64_t end = bound[requests];
+  for (int64_t v = 0; v < visits.size(0); ++v) {
+    const int64_t r = visits.const_data_ptr<int64_t>()[v];
+    TORCH_CHECK(0 <= r && r < requests, "no request ", r);
+    terms[r].push_back({end, weights.const_data_ptr<float>()[v]});
+    end += bound[r + 1] - bound[r];
+  }
+  TORCH_CHECK(end == rows, "the requests and visits have ", end, " rows, not ", rows);
+  return terms;
+}
+
 // Running generations that all take one more token in a step, depth by depth as Python has planned it.
 struct Decoding : torch::CustomClassHolder {
   Decoding(c10::intrusive_ptr<PackedLayers> layers, int64_t count, int64_t num_heads, int64_t num_kv_heads,
@@ -394,19 +424,24 @@ struct Decoding : torch::CustomClassHolder {
     TORCH_CHECK(num_heads % num_kv_heads == 0, "query heads must share key heads evenly");
   }
 
-  // The next depth: the layer calls [c, 2] and runs [r, 3] of its places, the row and the pages [p] of each place, the
-  // depth's cache, and in `mixing` own weights [n], rows and weights [choices, n] of a mixture, or nothing.
-  void add(const Tensor& calls, const Tensor& rows, const Tensor& runs, const Tensor& factors, const Tensor& pages,
-           const Tensor& cache, const std::vector<Tensor>& mixing) {
-    DecodingDepth depth{layers_->decoding_pass(count_, rows, calls, runs, factors), rows, pages, cache, mixing, {}};
-    TORCH_CHECK(rows.size(0) >= count_, "the own layer takes all rows");
+  // The next depth: layer calls and their numbers of places, of which the first takes all rows, the row of each place,
+  // runs [r, 3], the pages [places, p], the depth's cache, and what `mix` wants where something mixes, else nothing.
+  void add(const std::vector<int64_t>& numbers, const std::vector<int64_t>& counts, const Tensor& rows,
+           const Tensor& runs, const Tensor& factors, const Tensor& pages, const Tensor& cache,
+           const std::vector<Tensor>& mixing) {
+    DecodingDepth depth{
+        layers_->decoding_pass(count_, rows, numbers, counts, runs, factors), rows, pages, cache, {}};
+    TORCH_CHECK(counts.at(0) == count_, "the own layer takes all rows");
     TORCH_CHECK(cache.is_contiguous() && cache.dim() == 4 && cache.scalar_type() == layers_->dtype() &&
                     cache.size(1) == 2 * shape_.num_kv_heads && cache.size(3) == shape_.head_dim,
                 "cache must be [pages, 2 · kv heads, tokens, head_dim], like the layers");
     TORCH_CHECK(pages.is_contiguous() && pages.scalar_type() == at::kLong && pages.dim() == 2 &&
                     pages.size(0) == rows.size(0) && pages.size(1) > 0 && pages.min().item<int64_t>() >= 0 &&
                     pages.max().item<int64_t>() < cache.size(0), "pages must be [places, p], all in the cache");
-    if (!mixing.empty()) depth.terms = terms_of(mixing, rows.size(0) - count_);
+    if (!mixing.empty()) {
+      const Tensor bounds = at::arange(count_ + 1);
+      depth.terms = terms_of(bounds, mixing.at(0), mixing.at(1), mixing.at(2), rows.size(0));
+    }
     depths_.push_back(std::move(depth));
   }
 
@@ -430,18 +465,6 @@ struct Decoding : torch::CustomClassHolder {
   }
 
  private:
-  Terms terms_of(const std::vector<Tensor>& mixing, int64_t routed) const {
-    const Tensor &own = mixing.at(0), &rows = mixing.at(1), &weights = mixing.at(2);
-    TORCH_CHECK(own.is_contiguous() && rows.is_contiguous() && weights.is_contiguous(), "inputs must be contiguous");
-    TORCH_CHECK(own.scalar_type() == at::kFloat && weights.scalar_type() == at::kFloat &&
-                    rows.scalar_type() == at::kLong, "weights are float32, rows are int64");
-    TORCH_CHECK(own.sizes() == at::IntArrayRef({count_}) && rows.dim() == 2 && rows.size(1) == count_ &&
-                    rows.sizes() == weights.sizes(), "the shapes do not fit each other");
-    TORCH_CHECK(rows.numel() == 0 || rows.max().item<int64_t>() < routed, "no such routed row");
-    return {own.const_data_ptr<float>(), rows.const_data_ptr<int64_t>(), weights.const_data_ptr<float>(),
-            rows.size(0), count_};
-  }
-
   c10::intrusive_ptr<PackedLayers> layers_;
   int64_t count_;
   AttentionShape shape_;
@@ -480,39 +503,65 @@ Tensor attend_packed(const Tensor& heads, const Tensor& offsets, int64_t num_kv_
   return result;
 }
 
-// Logits [n, T] of the rows `tokens` [n] of hidden [m, d]: the first counts[0] of them by the first gate, and so
-// on. `gates` [w, 5] has the fields of Factors, whose rank is T.
-Tensor gate_logits(const Tensor& hidden, const Tensor& tokens, const Tensor& counts, const Tensor& gates,
-                   int64_t outputs) {
-  TORCH_CHECK(hidden.is_contiguous() && tokens.is_contiguous() && gates.is_contiguous(), "inputs must be contiguous");
-  TORCH_CHECK(counts.sum().item<int64_t>() == tokens.size(0), "the gates do not share out all tokens");
-  std::vector<Run> runs;
-  auto count = counts.accessor<int64_t, 1>();
-  for (int64_t i = 0, end = 0; i < count.size(0); end += count[i++]) runs.push_back({i, end, end + count[i]});
+// Logits [n, T] of the rows `tokens` [n] of hidden [m, d]: the first counts[0] of them by the first of the linear
+// gates W [T, d], b [T], and so on.
+Tensor gate_logits(const Tensor& hidden, const Tensor& tokens, const std::vector<int64_t>& counts,
+                   const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
+  TORCH_CHECK(hidden.is_contiguous() && tokens.is_contiguous(), "inputs must be contiguous");
+  TORCH_CHECK(!counts.empty() && counts.size() == weights.size() && counts.size() == biases.size(),
+              "there must be a count of tokens, weights and a bias for each gate");
+  const int64_t width = hidden.size(1), outputs = weights[0].size(0);
+  std::vector<GateRows> gates;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    TORCH_CHECK(weights[i].is_contiguous() && weights[i].sizes() == at::IntArrayRef({outputs, width}) &&
+                    biases[i].is_contiguous() && biases[i].numel() == outputs, "gates must be [T, d] and [T]");
+    gates.push_back({weights[i].const_data_ptr<float>(), biases[i].const_data_ptr<float>(),
+                     (gates.empty() ? 0 : gates.back().end) + counts[i]});
+  }
+  TORCH_CHECK(gates.back().end == tokens.size(0), "the gates do not share out all tokens");
   Tensor result = at::empty({tokens.size(0), outputs}, hidden.options().dtype(at::kFloat));
   with_values(hidden, [&](const auto* x) {
-    gate_rows(x, hidden.size(1), tokens.const_data_ptr<int64_t>(), runs,
-              reinterpret_cast<const Factors*>(gates.const_data_ptr<int64_t>()), outputs,
-              result.mutable_data_ptr<float>());
+    gate_rows(x, width, tokens.const_data_ptr<int64_t>(), gates, outputs, result.mutable_data_ptr<float>());
   });
   return result;
 }
 
-// See mix_rows: own [m, d], own_weights [m], routed [k, d], rows and weights [c, m].
-Tensor weighted_sum(const Tensor& own, const Tensor& own_weights, const Tensor& routed, const Tensor& rows,
-                    const Tensor& weights) {
-  const int64_t m = own.size(0), width = own.size(1);
-  TORCH_CHECK(own.is_contiguous() && routed.is_contiguous() && rows.is_contiguous() && weights.is_contiguous() &&
-                  own_weights.is_contiguous(), "inputs must be contiguous");
-  TORCH_CHECK(own_weights.size(0) == m && rows.sizes() == weights.sizes() && rows.size(1) == m &&
-                  routed.size(1) == width, "the shapes do not fit each other");
-  TORCH_CHECK(rows.numel() == 0 || rows.max().item<int64_t>() < routed.size(0), "no such row in routed");
-  const Terms terms{own_weights.const_data_ptr<float>(), rows.const_data_ptr<int64_t>(),
-                    weights.const_data_ptr<float>(), rows.size(0), m};
-  Tensor result = at::empty_like(own);
-  with_values(own, [&](const auto* x) {
+// Logits [n, T] of voting tokens, and the request 0..v-1 of each, in order → the layers [v, top_k] that each
+// request chose, and their weights [v, top_k].
+std::tuple<Tensor, Tensor> elect_layers(const Tensor& logits, const Tensor& owners, int64_t requests,
+                                        const std::string& score, int64_t top_k) {
+  const int64_t n = logits.size(0), layers = logits.size(1);
+  TORCH_CHECK(logits.is_contiguous() && owners.is_contiguous() && owners.size(0) == n && top_k <= layers,
+              "there must be an owner for each row of contiguous logits, and layers enough");
+  const Score kind = score == "mode" ? Score::kVote : (score == "softmax" ? Score::kSoftmax : Score::kSigmoid);
+  Tensor chosen = at::empty({requests, top_k}, owners.options());
+  Tensor weights = at::empty({requests, top_k}, logits.options());
+  const int64_t* owner = owners.const_data_ptr<int64_t>();
+  int64_t begin = 0;
+  for (int64_t r = 0; r < requests; ++r) {
+    int64_t end = begin;
+    while (end < n && owner[end] == r) ++end;
+    elect(logits.const_data_ptr<float>() + begin * layers, end - begin, layers, kind, top_k,
+          chosen.mutable_data_ptr<int64_t>() + r * top_k, weights.mutable_data_ptr<float>() + r * top_k);
+    begin = end;
+  }
+  TORCH_CHECK(begin == n, "the owners of tokens must be in order");
+  return {chosen, weights};
+}
+
+// The outputs [k, d] of a depth's own layer on all requests, whose rows lie from bounds[r] to bounds[r + 1], and
+// behind them those of the `visits` [v] of requests to routed layers, in order → own[r] · the former +
+// Σ_visits weights[v] · the latter [m, d].
+Tensor mix(const Tensor& outputs, const Tensor& bounds, const Tensor& own, const Tensor& visits,
+           const Tensor& weights) {
+  TORCH_CHECK(outputs.is_contiguous(), "outputs must be contiguous");
+  const auto terms = terms_of(bounds, own, visits, weights, outputs.size(0));
+  const int64_t* bound = bounds.const_data_ptr<int64_t>();
+  const int64_t requests = own.size(0), width = outputs.size(1);
+  Tensor result = at::empty({bound[requests], width}, outputs.options());
+  with_values(outputs, [&](const auto* x) {
     using T = std::decay_t<decltype(*x)>;
-    with_values(routed, [&](const auto* y) { mix_rows(terms, x, y, width, result.mutable_data_ptr<T>()); });
+    mix_rows(x, terms, bound, width, result.mutable_data_ptr<T>());
   });
   return result;
 }
@@ -522,7 +571,7 @@ Tensor weighted_sum(const Tensor& own, const Tensor& own_weights, const Tensor& 
 
 TORCH_LIBRARY(molex, m) {
   m.class_<molex::PackedLayers>("PackedLayers")
-      .def(torch::init<bool, std::string, bool, bool, double, int64_t>())
+      .def(torch::init<bool, std::string, bool, bool, double, int64_t, int64_t>())
       .def("add", &molex::PackedLayers::add)
       .def("project", &molex::PackedLayers::project)
       .def("finish", &molex::PackedLayers::finish);
@@ -532,5 +581,6 @@ TORCH_LIBRARY(molex, m) {
       .def("step", &molex::Decoding::step);
   m.def("attend", &molex::attend_packed);
   m.def("gate_logits", &molex::gate_logits);
-  m.def("weighted_sum", &molex::weighted_sum);
+  m.def("elect", &molex::elect_layers);
+  m.def("mix", &molex::mix);
 }

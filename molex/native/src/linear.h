@@ -4,7 +4,9 @@
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "elementwise.h"
@@ -25,7 +27,11 @@ struct Piece {
   int64_t output;  // the same column in what is written
 };
 
-enum class Weights { kSame, kInt8 };  // as the activations, or 8 bits
+// Of the type of the activations, of the other of float32 and bfloat16, or in 8 bits.
+enum class Weights { kSame, kOther, kInt8 };
+
+template <class T>
+using Other = std::conditional_t<std::is_same_v<T, float>, at::BFloat16, float>;
 
 // One or several linear layers with the same input: y = x Wᵀ + b.
 struct Linear {
@@ -44,19 +50,24 @@ struct Linear {
     return end;
   }
 
+  template <class T>
+  Weights kind() const {
+    const at::ScalarType type = weights.scalar_type();
+    if (type == at::kChar) return Weights::kInt8;
+    return type == c10::CppTypeToScalarType<T>::value ? Weights::kSame : Weights::kOther;
+  }
+
   at::Tensor weights, bias, scales, offsets;
   std::vector<std::vector<Piece>> pieces;  // of each tile
   std::vector<int64_t> sites;
   int64_t inputs = 0;
-  Weights kind = Weights::kSame;
 };
 
 inline Linear::Linear(
     at::Tensor weights_, at::Tensor bias_, at::Tensor scales_, const at::Tensor& pieces_, int64_t inputs_)
     : weights(std::move(weights_)), bias(std::move(bias_)), scales(std::move(scales_)), inputs(inputs_) {
-  kind = weights.scalar_type() == at::kChar ? Weights::kInt8 : Weights::kSame;
   // Rows are shifted by 128 to be unsigned: what that adds to each column is taken off again.
-  if (kind == Weights::kInt8)
+  if (weights.scalar_type() == at::kChar)
     offsets = weights.view({tiles(), stride() / 4, kTile, 4}).sum({1, 3}, false, at::kInt).mul_(128).contiguous();
   pieces.resize(tiles());
   auto given = pieces_.accessor<int64_t, 2>();
@@ -73,15 +84,25 @@ struct Operand {
     columns = columns_;
     stride = (columns + 3) / 4 * 4;
     if (static_cast<int64_t>(values.size()) < max_rows * stride) values.resize(max_rows * stride);
+    if (static_cast<int64_t>(others.size()) < max_rows * stride) others.resize(max_rows * stride);
     if (static_cast<int64_t>(bytes.size()) < max_rows * stride) bytes.resize(max_rows * stride);
     if (static_cast<int64_t>(scales.size()) < max_rows) scales.resize(max_rows);
   }
   T* row(int64_t i) { return values.data() + i * stride; }
   const T* row(int64_t i) const { return values.data() + i * stride; }
 
+  // Row i as weights of that kind multiply it.
+  void convert(int64_t i, Weights kind) {
+    if (kind == Weights::kInt8)
+      scales[i] = quantize(row(i), bytes.data() + i * stride, columns);
+    else if (kind == Weights::kOther)
+      std::copy(row(i), row(i) + stride, others.data() + i * stride);
+  }
+
   int64_t columns = 0, stride = 0;
   std::vector<T> values;
-  std::vector<uint8_t> bytes;  // the values in 8 bits, where a product wants them
+  std::vector<Other<T>> others;  // the values as a product wants them, if not as they are
+  std::vector<uint8_t> bytes;
   std::vector<float> scales;
 };
 
@@ -89,14 +110,19 @@ struct Operand {
 inline int64_t padded_rows(int64_t rows) { return rows <= 4 ? rows : (rows + 7) / 8 * 8; }
 
 template <class T>
+void wide_product(const Linear& linear, const std::vector<T>& x, int64_t m, int64_t tile, float* c) {
+  const int64_t k = linear.stride();
+  at::native::cpublas::brgemm(m, kTile, k, k, kTile, kTile, false, x.data(),
+                              linear.weights.const_data_ptr<T>() + tile * k * kTile, c,
+                              std::is_same_v<T, at::BFloat16>);
+}
+
+template <class T>
 void tile_product(const Linear& linear, const Operand<T>& x, int64_t rows, int64_t tile, float* c) {
   const int64_t k = linear.stride(), m = padded_rows(rows);
-  if (linear.kind == Weights::kSame) {
-    const T* w = linear.weights.const_data_ptr<T>() + tile * k * kTile;
-    at::native::cpublas::brgemm(
-        m, kTile, k, x.stride, kTile, kTile, false, x.values.data(), w, c, std::is_same_v<T, at::BFloat16>);
-    return;
-  }
+  const Weights kind = linear.kind<T>();
+  if (kind == Weights::kSame) return wide_product(linear, x.values, m, tile, c);
+  if (kind == Weights::kOther) return wide_product(linear, x.others, m, tile, c);
   auto* sums = reinterpret_cast<int32_t*>(c);
   const auto* w = reinterpret_cast<const signed char*>(linear.weights.const_data_ptr<int8_t>()) + tile * k * kTile;
   at::native::cpublas::brgemm(m, kTile, k, x.stride, kTile, kTile, false, x.bytes.data(), w, sums, true);
@@ -115,12 +141,10 @@ void multiply(
     const Linear& linear, Operand<T>& x, const BlockUpdates& updates, const Team& team,
     NarrowRows& narrow, const Finish& finish) {
   const int64_t rows = updates.rows;
-  if (linear.kind == Weights::kInt8)
-    team.share(rows, [&](int64_t r) {
-      x.scales[r] = quantize(x.row(r), x.bytes.data() + r * x.stride, x.columns);
-    });
+  const Weights kind = linear.kind<T>();
+  if (kind != Weights::kSame) team.share(rows, [&](int64_t r) { x.convert(r, kind); });
   const bool adapted = narrow_rows(linear.sites, x, updates, team, narrow);
-  if (linear.kind == Weights::kInt8 || adapted) team.barrier();
+  if (kind != Weights::kSame || adapted) team.barrier();
   // With the tile in the first cache of the core that computes it.
   alignas(64) thread_local static float c[kMaxRows * kTile];
   const float* bias = linear.bias.const_data_ptr<float>();

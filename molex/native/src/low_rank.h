@@ -76,13 +76,12 @@ float dot(const T* x, const float* a, int64_t n) {
   return sum;
 }
 
+// y = scale · A x, with A [rows, n].
 template <class T>
-void narrow_row(const T* x, const Factors& update, int64_t n, float* y) {
-  const float* a = update.down();
-  const float scale = update.scale();
+void dots(const T* x, const float* a, int64_t rows, int64_t n, float scale, float* y) {
   int64_t r = 0;
-  for (; r + 4 <= update.rank; r += 4) four_dots(x, a + r * n, n, scale, y + r);
-  for (; r < update.rank; ++r) y[r] = dot(x, a + r * n, n) * scale;
+  for (; r + 4 <= rows; r += 4) four_dots(x, a + r * n, n, scale, y + r);
+  for (; r < rows; ++r) y[r] = dot(x, a + r * n, n) * scale;
 }
 
 // Fill `narrow`, shared by the team; returns whether any row has an update. A barrier must follow.
@@ -105,7 +104,7 @@ bool narrow_rows(
       if (update.rank == 0) continue;
       team.share(run.end - run.begin, [&](int64_t i) {
         const int64_t row = run.begin + i;
-        narrow_row(x.row(row), update, x.columns, narrow.at(site, row));
+        dots(x.row(row), update.down(), update.rank, x.columns, update.scale(), narrow.at(site, row));
       });
     }
   return true;

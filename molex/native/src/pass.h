@@ -18,9 +18,10 @@ struct Rows {
 
 // What a pass hands over beside hidden states.
 struct Pass {
-  Pass(const at::Tensor& calls, const at::Tensor& runs_, const at::Tensor& factors_, int64_t sites);
+  Pass(const std::vector<int64_t>& layers, const std::vector<int64_t>& counts, const at::Tensor& runs_,
+       const at::Tensor& factors_, int64_t sites);
 
-  BlockUpdates updates(const Rows& block, int64_t sites_of_layer) const;
+  BlockUpdates updates(const Rows& block, int64_t first_site) const;
 
   std::vector<Rows> blocks;
   std::vector<Run> runs;
@@ -28,25 +29,25 @@ struct Pass {
   int64_t sites;
 };
 
-inline Pass::Pass(const at::Tensor& calls, const at::Tensor& runs_, const at::Tensor& factors_, int64_t sites_)
+inline Pass::Pass(const std::vector<int64_t>& layers, const std::vector<int64_t>& counts, const at::Tensor& runs_,
+           const at::Tensor& factors_, int64_t sites_)
     : factors(factors_), sites(sites_) {
-  auto call = calls.accessor<int64_t, 2>();
   int64_t begin = 0;
-  for (int64_t i = 0; i < call.size(0); ++i) {
-    const int64_t rows = call[i][1], cuts = (rows + kMaxRows - 1) / kMaxRows;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const int64_t rows = counts[i], cuts = (rows + kMaxRows - 1) / kMaxRows;
     for (int64_t cut = 0; cut < cuts; ++cut)
-      blocks.push_back({call[i][0], begin + rows * cut / cuts, begin + rows * (cut + 1) / cuts});
+      blocks.push_back({layers[i], begin + rows * cut / cuts, begin + rows * (cut + 1) / cuts});
     begin += rows;
   }
   auto run = runs_.accessor<int64_t, 2>();
   for (int64_t i = 0; i < run.size(0); ++i) runs.push_back({run[i][0], run[i][1], run[i][2]});
 }
 
-inline BlockUpdates Pass::updates(const Rows& block, int64_t sites_of_layer) const {
+inline BlockUpdates Pass::updates(const Rows& block, int64_t first_site) const {
   BlockUpdates updates{block.begin, block.end - block.begin};
   updates.factors = reinterpret_cast<const Factors*>(factors.const_data_ptr<int64_t>());
   updates.sites_per_member = sites;
-  updates.first_site = block.layer * sites_of_layer;
+  updates.first_site = first_site;
   auto run = std::upper_bound(
       runs.begin(), runs.end(), block.begin, [](int64_t row, const Run& r) { return row < r.end; });
   for (; run != runs.end() && run->begin < block.end; ++run)

@@ -3,62 +3,67 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "low_rank.h"
 
 namespace molex {
 
 // Rows that are worth a thread.
-constexpr int64_t kRowsPerThread = 16;
+constexpr int64_t kRowsPerThread = 64;
 
-// y[i] = W x[tokens[i]] + b [n, outputs], with the linear gate of the run that i belongs to: its W is `a` and
-// its b is `b` of the factors.
+// A linear gate W [outputs, width], b [outputs], and the end of the rows that it is for.
+struct GateRows {
+  const float* weight;
+  const float* bias;
+  int64_t end;
+};
+
+// y[i] = W x[tokens[i]] + b [n, outputs], with the gate of row i.
 template <class T>
-void gate_rows(const T* x, int64_t width, const int64_t* tokens, const std::vector<Run>& runs,
-               const Factors* gates, int64_t outputs, float* y) {
-  const int64_t n = runs.empty() ? 0 : runs.back().end;
+void gate_rows(const T* x, int64_t width, const int64_t* tokens, const std::vector<GateRows>& gates,
+               int64_t outputs, float* y) {
+  const int64_t n = gates.empty() ? 0 : gates.back().end;
   at::parallel_for(0, n, kRowsPerThread, [&](int64_t begin, int64_t end) {
-    auto run = runs.begin();
+    auto gate = gates.begin();
     for (int64_t i = begin; i < end; ++i) {
-      while (run->end <= i) ++run;
-      const Factors& gate = gates[run->member];
-      narrow_row(x + tokens[i] * width, gate, width, y + i * outputs);
-      for (int64_t j = 0; j < outputs; ++j) y[i * outputs + j] += gate.up()[j];
+      while (gate->end <= i) ++gate;
+      dots(x + tokens[i] * width, gate->weight, outputs, width, 1.0f, y + i * outputs);
+      for (int64_t j = 0; j < outputs; ++j) y[i * outputs + j] += gate->bias[j];
     }
   });
 }
 
-// What row i of a mixture is the sum of: own[i] · its own output + Σ_c weights[c, i] · routed output rows[c, i]; a
-// row of -1 adds nothing.
-struct Terms {
-  bool defined() const { return own != nullptr; }
-
-  const float* own = nullptr;      // [m]
-  const int64_t* rows = nullptr;   // [choices, m]
-  const float* weights = nullptr;  // [choices, m]
-  int64_t choices = 0, m = 0;
+// A part of a request's sum: where the rows of a layer's output begin, and what they are multiplied by.
+struct Term {
+  int64_t row;
+  float weight;
 };
 
-// y [width] is the sum of row i; it may be where its own output lies. `routed` are the outputs that are counted.
-template <class T, class U>
-void mix_row(const Terms& terms, int64_t i, const T* own, const U* routed, int64_t width, T* y) {
+// y [width] = Σ_terms weight · x[row + i], which may be where one of these rows lies.
+template <class T>
+void mix_row(const T* x, const std::vector<Term>& terms, int64_t i, int64_t width, T* y) {
   static thread_local std::vector<float> sum;
-  sum.resize(width);
-  for (int64_t j = 0; j < width; ++j) sum[j] = terms.own[i] * static_cast<float>(own[j]);
-  for (int64_t c = 0; c < terms.choices; ++c) {
-    const int64_t row = terms.rows[c * terms.m + i];
-    if (row < 0) continue;
-    const float weight = terms.weights[c * terms.m + i];
-    for (int64_t j = 0; j < width; ++j) sum[j] += weight * static_cast<float>(routed[row * width + j]);
+  sum.assign(width, 0.0f);
+  for (const Term& term : terms) {
+    const T* source = x + (term.row + i) * width;
+    for (int64_t j = 0; j < width; ++j) sum[j] += term.weight * static_cast<float>(source[j]);
   }
   for (int64_t j = 0; j < width; ++j) y[j] = static_cast<T>(sum[j]);
 }
 
-template <class T, class U>
-void mix_rows(const Terms& terms, const T* own, const U* routed, int64_t width, T* y) {
-  at::parallel_for(0, terms.m, kRowsPerThread, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) mix_row(terms, i, own + i * width, routed, width, y + i * width);
+// The same for the rows bounds[r]..bounds[r + 1] of each request r, which has its own terms.
+template <class T>
+void mix_rows(const T* x, const std::vector<std::vector<Term>>& terms, const int64_t* bounds, int64_t width, T* y) {
+  const int64_t requests = terms.size();
+  at::parallel_for(0, bounds[requests], kRowsPerThread, [&](int64_t begin, int64_t end) {
+    int64_t r = std::upper_bound(bounds, bounds + requests, begin) - bounds - 1;
+    for (int64_t i = begin; i < end; ++i) {
+      while (bounds[r + 1] <= i) ++r;
+      mix_row(x, terms[r], i - bounds[r], width, y + i * width);
+    }
   });
 }
 

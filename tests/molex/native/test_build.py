@@ -64,5 +64,5 @@ def test_without_the_kernels_layers_run_on_pytorch(base_folder, monkeypatch):
     monkeypatch.setattr(build, "why_not", lambda dtype, device: "need a CPU with AVX-512")
     model = MolexModel.from_pretrained(base_folder("roberta"))
     model.prepack()
-    assert isinstance(model.backbone.own, StockLayers)
+    assert isinstance(model.backbone.layers, StockLayers)
     assert model([[5, 6]]).logits[0].shape == (2, model.spec.hidden_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,11 +28,11 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.08}
 TOLERANCE_INT8 = 0.15
 
 
-def pair(folder, dtype=torch.float32, **weights):
+def pair(folder, dtype=torch.float32, routed=None, **weights):
     """The same base on transformers' modules and on the kernels."""
-    stock, native = (MolexModel.from_pretrained(folder, dtype=dtype) for _ in range(2))
+    stock, native = (MolexModel.from_pretrained(folder, dtype, routed_dtype=routed) for _ in range(2))
     native.prepack(**weights)
-    assert isinstance(native.backbone.own, NativeLayers)
+    assert isinstance(native.backbone.layers, NativeLayers)
     return stock, native
 
 
@@ -106,6 +108,18 @@ def test_the_routed_branch_alone_has_8_bits(base_folder):
     assert not torch.equal(stock.run(rows).logits[2], native.run(rows).logits[2])
 
 
+@pytest.mark.parametrize("dtypes", list(itertools.permutations(TOLERANCE)), ids=str)
+@pytest.mark.parametrize("family", ["roberta", "llama"])
+@torch.inference_mode()
+def test_the_routed_branch_alone_has_another_precision(family, dtypes, base_folder):
+    stock, native = pair(base_folder(family), *dtypes)
+    rows = mixed_rows(stock, [5, 1, 23, 2, 64, 65, 3])
+    pin_routes(stock, rows)
+    assert_alike(stock, native, rows, TOLERANCE[torch.bfloat16])
+    exact, _ = pair(base_folder(family), dtypes[0])
+    assert_alike(exact, native, [Row(random_ids(20, seed=1), BARE)], TOLERANCE[dtypes[0]])
+
+
 @torch.inference_mode()
 def test_a_row_that_is_not_finite_spoils_no_other(base_folder):
     for int8 in (False, True):
@@ -138,7 +152,7 @@ def test_no_row_at_all_is_nothing_to_do(base_folder):
     assert native.run([]).logits == []
     stage = Stage.of_the_base(0, CPU)
     hidden = torch.empty(0, native.spec.hidden_size)
-    assert len(native.backbone.own.project(stage, [0], hidden)) == 0
+    assert len(native.backbone.layers.project(stage, [0], hidden)) == 0
 
 
 @pytest.mark.parametrize(
@@ -154,7 +168,7 @@ def test_what_lies_outside_is_refused(base_folder, numbers, hidden, message):
     _, native = pair(base_folder("roberta"))
     stage = Stage.of_the_base(2, CPU)
     with pytest.raises(RuntimeError, match=message):
-        native.backbone.own.project(stage, numbers, hidden)
+        native.backbone.layers.project(stage, numbers, hidden)
 
 
 def test_an_adapter_out_of_the_batch_is_refused(base_folder):
@@ -162,7 +176,7 @@ def test_an_adapter_out_of_the_batch_is_refused(base_folder):
     plain = Stage.of_the_base(2, CPU)
     stage = Stage(plain.rows, plain.tokens, [2], [2], [[(1, 0, 2)]], BatchLora([]))
     with pytest.raises(RuntimeError, match="no adapter 1"):
-        native.backbone.own.project(stage, [0], torch.zeros(2, 32))
+        native.backbone.layers.project(stage, [0], torch.zeros(2, 32))
 
 
 def test_8_bits_need_the_kernels(base_folder, monkeypatch):

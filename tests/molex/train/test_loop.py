@@ -35,7 +35,7 @@ def weights(output):
 
 
 def base_digest(base):
-    tensors = [*base.model.backbone.own.blocks[0].parameters()]
+    tensors = [*base.model.backbone.layers.blocks[0].parameters()]
     return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
 
 
