@@ -32,6 +32,7 @@ from molex.family import FAMILIES, attention_options
 from molex.heads import HeadKind
 from molex.layers import Layers, StockLayers, copied
 from molex.native.layers import NativeLayers, release, why_not_natively
+from molex.native.vocabulary import NativeEmbedding, NativeVocabulary
 from molex.packing import Indices, Packed
 from molex.stage import Stage
 
@@ -79,7 +80,7 @@ class Backbone:
         base = model.base_model
         model.eval().requires_grad_(False)
         self._base: Any = base
-        self.lm_head: nn.Module | None = getattr(model, "lm_head", None) if self.family.causal else None
+        self.lm_head: Any = getattr(model, "lm_head", None) if self.family.causal else None
         self.pooler = _pooler(base) if has_pooler else None
         self._digest = _digest(model)
         blocks = list(attrgetter(self.family.layers)(base))
@@ -172,10 +173,21 @@ class Backbone:
             routed = int8 or routed_int8
             self.layers = NativeLayers(stock, self.family, self.config, int8=int8, routed_int8=routed)
             release(stock.blocks)
+            self._pack_vocabulary()
         elif int8 or routed_int8:
             raise BaseModelError(f"8-bit weights need the kernels, which {why_not}")
         else:
             stock.prepack()
+
+    def _pack_vocabulary(self) -> None:
+        """Have the kernels run the language model head, in the precision of hidden states."""
+        if self.lm_head is None:
+            return
+        vocabulary, embedding = NativeVocabulary(self.lm_head), self._base.get_input_embeddings()
+        self._outside_layers += vocabulary.nbytes - self.lm_head.weight.nbytes
+        if embedding.weight is self.lm_head.weight:
+            self._base.set_input_embeddings(NativeEmbedding(vocabulary))
+        self.lm_head = vocabulary
 
     @torch.inference_mode()
     def warm_up(self, max_rows: int) -> None:

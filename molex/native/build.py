@@ -82,7 +82,7 @@ def _compile(output: Path) -> None:
     torch_folder = Path(torch.__file__).parent
     include, lib = torch_folder / "include", torch_folder / "lib"
     paths = [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", f"-L{lib}"]
-    command = [COMPILER, *FLAGS, *paths, str(SOURCES / "layers.cpp"), "-o", str(output)]
+    command = [COMPILER, *FLAGS, *paths, str(SOURCES / "library.cpp"), "-o", str(output)]
     done = subprocess.run([*command, "-ltorch", "-ltorch_cpu", "-lc10"], capture_output=True, text=True)
     if done.returncode != 0:
         log.debug("%s", done.stderr)

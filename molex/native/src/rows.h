@@ -1,6 +1,7 @@
 // Work on single rows between layers: what gates make of them, and the mixture of layers' outputs.
 #pragma once
 
+#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -65,6 +66,27 @@ void mix_rows(const T* x, const std::vector<std::vector<Term>>& terms, const int
       mix_row(x, terms[r], i - bounds[r], width, y + i * width);
     }
   });
+}
+
+// What the rows of each request are the sum of; see `mix`. There are `rows` outputs.
+inline std::vector<std::vector<Term>> terms_of(const at::Tensor& bounds, const at::Tensor& own, const at::Tensor& visits,
+                                        const at::Tensor& weights, int64_t rows) {
+  TORCH_CHECK(bounds.is_contiguous() && own.is_contiguous() && visits.is_contiguous() && weights.is_contiguous(),
+              "inputs must be contiguous");
+  const int64_t requests = own.size(0);
+  TORCH_CHECK(bounds.size(0) == requests + 1 && visits.size(0) == weights.size(0), "the shapes do not fit each other");
+  const int64_t* bound = bounds.const_data_ptr<int64_t>();
+  std::vector<std::vector<Term>> terms(requests);
+  for (int64_t r = 0; r < requests; ++r) terms[r].push_back({bound[r], own.const_data_ptr<float>()[r]});
+  int64_t end = bound[requests];
+  for (int64_t v = 0; v < visits.size(0); ++v) {
+    const int64_t r = visits.const_data_ptr<int64_t>()[v];
+    TORCH_CHECK(0 <= r && r < requests, "no request ", r);
+    terms[r].push_back({end, weights.const_data_ptr<float>()[v]});
+    end += bound[r + 1] - bound[r];
+  }
+  TORCH_CHECK(end == rows, "the requests and visits have ", end, " rows, not ", rows);
+  return terms;
 }
 
 }  // namespace molex

@@ -35,7 +35,7 @@ def test_other_sources_are_another_library(fresh_cache, monkeypatch, tmp_path):
     build.load()
     changed = tmp_path / "src"
     changed.mkdir()
-    (changed / "layers.cpp").write_text("// changed")
+    (changed / "library.cpp").write_text("// changed")
     monkeypatch.setattr(build, "SOURCES", changed)
     build.load()
     assert len(set(fresh_cache)) == 2
@@ -49,7 +49,7 @@ def test_without_a_compiler_the_reason_is_told(fresh_cache, monkeypatch):
 def test_a_compiler_that_fails_is_quoted(fresh_cache, monkeypatch, tmp_path):
     broken = tmp_path / "src"
     broken.mkdir()
-    (broken / "layers.cpp").write_text("#error this is no kernel")
+    (broken / "library.cpp").write_text("#error this is no kernel")
     monkeypatch.setattr(build, "SOURCES", broken)
     assert "c++ failed" in build.load()
 

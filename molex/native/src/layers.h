@@ -1,0 +1,280 @@
+// The two halves of transformer layers over packed rows: many layers, many adapters, one parallel region.
+//
+// A pass hands over the rows of several layer calls side by side. They are cut into blocks of rows of one
+// call, and a block goes through a whole half of a layer while it lies in the second cache of a core.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "decoding.h"
+#include "linear.h"
+#include "pass.h"
+#include "rows.h"
+
+namespace molex {
+
+using at::Tensor;
+
+enum class Activation { kGelu, kGeluTanh, kSilu, kRelu };
+
+inline Activation activation_named(const std::string& name) {
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "relu") return Activation::kRelu;
+  TORCH_CHECK(name == "silu", "no activation is called ", name);
+  return Activation::kSilu;
+}
+
+MOLEX_INLINE float activate(Activation activation, float x) {
+  switch (activation) {
+    case Activation::kGelu: return gelu(x);
+    case Activation::kGeluTanh: return gelu_tanh(x);
+    case Activation::kRelu: return x > 0.0f ? x : (x <= 0.0f ? 0.0f : x);
+    default: return silu(x);
+  }
+}
+
+// The choice of a function is outside the loop, so that the loop is vectors.
+template <Activation kActivation>
+void activate_row(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = activate(kActivation, x[i]);
+}
+
+inline void activate_row(Activation activation, float* x, int64_t n) {
+  switch (activation) {
+    case Activation::kGelu: return activate_row<Activation::kGelu>(x, n);
+    case Activation::kGeluTanh: return activate_row<Activation::kGeluTanh>(x, n);
+    case Activation::kRelu: return activate_row<Activation::kRelu>(x, n);
+    default: return activate_row<Activation::kSilu>(x, n);
+  }
+}
+
+// A norm keeps its tensors, [weight] or [weight, bias], in float32.
+struct NormWeights {
+  Norm view(float eps) const {
+    return {weight.const_data_ptr<float>(), bias.defined() ? bias.const_data_ptr<float>() : nullptr, eps};
+  }
+  Tensor weight, bias;
+};
+
+struct Layer {
+  Linear project, join, up, down;  // q, k and v; the output of attention; the two of the feed-forward part
+  NormWeights first, second;
+};
+
+// What one team needs for a block.
+template <class T>
+struct Scratch {
+  Operand<T> x, wide;
+  std::vector<float> hidden;  // [kMaxRows, d]
+  NarrowRows narrow;
+};
+
+// The layers of a base model, with packed weights: `depth` of them, or twice as many where those of the routed
+// branch have a precision of their own, and `sites` linear layers each. `T` is the type of activations.
+template <class T>
+class Layers {
+ public:
+  Layers(Activation activation, bool gated, bool norm_after, double eps, int64_t depth, int64_t sites)
+      : activation_(activation), gated_(gated), norm_after_(norm_after), eps_(eps), depth_(depth), sites_(sites) {}
+
+  void add(Layer layer) { layers_.push_back(std::move(layer)); }
+
+  // Rows `rows` of hidden [m, d] → queries, keys and values side by side [n, e].
+  Tensor project(const Tensor& hidden, const Tensor& rows, const Pass& pass) const {
+    Tensor result = at::empty({rows.size(0), layers_[0].project.outputs()}, hidden.options());
+    for_each_block<Scratch<T>>(pass.blocks.size(), [&](int64_t i, const Team& team, Scratch<T>& s) {
+      project_block(pass.blocks[i], hidden, rows.const_data_ptr<int64_t>(), pass, team, s, result);
+    });
+    return result;
+  }
+
+  // Rows `rows` of hidden [m, d], and what attention returned for them [n, w] → the layers' outputs [n, d].
+  Tensor finish(const Tensor& hidden, const Tensor& rows, const Tensor& attended, const Pass& pass) const {
+    Tensor result = at::empty({rows.size(0), hidden.size(1)}, hidden.options());
+    for_each_block<Scratch<T>>(pass.blocks.size(), [&](int64_t i, const Team& team, Scratch<T>& s) {
+      finish_block(pass.blocks[i], hidden, rows.const_data_ptr<int64_t>(), attended, pass, team, s, result);
+    });
+    return result;
+  }
+
+  // One more token [n, d] of generations, through all depths.
+  Tensor decode(const Tensor& hidden, const std::vector<DecodingDepth>& depths, const AttentionShape& shape,
+                const Positions& positions) const;
+
+  int64_t size() const { return layers_.size(); }
+  int64_t sites() const { return sites_ * depth_; }
+  int64_t width() const { return layers_[0].project.inputs; }
+  int64_t joined() const { return layers_[0].join.inputs; }
+
+ private:
+  static const T* row(const Tensor& x, int64_t i) { return x.const_data_ptr<T>() + i * x.size(1); }
+  static T* row(Tensor& x, int64_t i) { return x.mutable_data_ptr<T>() + i * x.size(1); }
+
+  static void write(const float* x, int64_t n, T* y) {
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(x[i]);
+  }
+
+  static void clear_tail(Operand<T>& x, int64_t r) { std::fill(x.row(r) + x.columns, x.row(r) + x.stride, T(0)); }
+
+  // A layer's low-rank updates are the same in both branches.
+  BlockUpdates updates_of(const Rows& block, const Pass& pass) const {
+    return pass.updates(block, block.layer % depth_ * sites_);
+  }
+
+  void project_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Pass& pass,
+                     const Team& team, Scratch<T>& s, Tensor& result) const;
+  void finish_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Tensor& attended,
+                    const Pass& pass, const Team& team, Scratch<T>& s, Tensor& result) const;
+
+  Activation activation_;
+  bool gated_, norm_after_;
+  float eps_;
+  int64_t depth_, sites_;
+  std::vector<Layer> layers_;
+};
+
+template <class T>
+void Layers<T>::project_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Pass& pass,
+                              const Team& team, Scratch<T>& s, Tensor& result) const {
+  const BlockUpdates updates = updates_of(block, pass);
+  const Layer& layer = layers_[block.layer];
+  const int64_t width = layer.project.inputs;
+  if (team.rank == 0) s.x.resize(kMaxRows, width), s.hidden.resize(kMaxRows * width);
+  team.barrier();
+  team.share(updates.rows, [&](int64_t r) {
+    const T* source = row(hidden, rows[block.begin + r]);
+    if (norm_after_) {
+      std::copy(source, source + width, s.x.row(r));
+    } else {
+      float* wide = s.hidden.data() + r * width;
+      for (int64_t j = 0; j < width; ++j) wide[j] = static_cast<float>(source[j]);
+      normalize(wide, s.x.row(r), width, layer.first.view(eps_));
+    }
+    clear_tail(s.x, r);
+  });
+  team.barrier();
+  multiply(layer.project, s.x, updates, team, s.narrow, [&](const std::vector<Piece>& pieces, float* c) {
+    for (const Piece& piece : pieces)
+      for (int64_t r = 0; r < updates.rows; ++r)
+        write(c + r * kTile + piece.begin, piece.width, row(result, block.begin + r) + piece.output);
+  });
+}
+
+// BERT normalizes sums, x = N₁(z + join(a)), z' = N₂(x + down(f(up(x)))); the others inputs,
+// x = z + join(a), z' = x + down(f(up(N₂(x)))).
+template <class T>
+void Layers<T>::finish_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Tensor& attended,
+                             const Pass& pass, const Team& team, Scratch<T>& s, Tensor& result) const {
+  const Layer& layer = layers_[block.layer];
+  const BlockUpdates updates = updates_of(block, pass);
+  const int64_t width = hidden.size(1), inner = layer.down.inputs;
+  if (team.rank == 0) {
+    s.x.resize(kMaxRows, std::max(width, attended.size(1)));
+    s.wide.resize(kMaxRows, inner);
+    s.hidden.resize(kMaxRows * width);
+    s.x.resize(kMaxRows, attended.size(1));
+  }
+  team.barrier();
+  team.share(updates.rows, [&](int64_t r) {
+    const T* source = row(attended, block.begin + r);
+    std::copy(source, source + attended.size(1), s.x.row(r));
+    clear_tail(s.x, r);
+  });
+  team.barrier();
+  multiply(layer.join, s.x, updates, team, s.narrow, [&](const std::vector<Piece>& pieces, float* c) {
+    for (const Piece& piece : pieces)
+      for (int64_t r = 0; r < updates.rows; ++r) {
+        const T* residual = row(hidden, rows[block.begin + r]) + piece.output;
+        float* sum = s.hidden.data() + r * width + piece.output;
+        const float* y = c + r * kTile + piece.begin;
+        for (int64_t j = 0; j < piece.width; ++j) sum[j] = y[j] + static_cast<float>(residual[j]);
+      }
+  });
+  team.barrier();
+  if (team.rank == 0) s.x.resize(kMaxRows, width);
+  team.barrier();
+  const Norm norm = (norm_after_ ? layer.first : layer.second).view(eps_);
+  team.share(updates.rows, [&](int64_t r) {
+    float* sum = s.hidden.data() + r * width;
+    normalize(sum, s.x.row(r), width, norm);
+    if (norm_after_)
+      for (int64_t j = 0; j < width; ++j) sum[j] = static_cast<float>(s.x.row(r)[j]);
+    clear_tail(s.x, r);
+  });
+  team.barrier();
+  multiply(layer.up, s.x, updates, team, s.narrow, [&](const std::vector<Piece>& pieces, float* c) {
+    const Piece& first = pieces[0];
+    for (int64_t r = 0; r < updates.rows; ++r) {
+      float* y = c + r * kTile + first.begin;
+      activate_row(activation_, y, first.width);
+      if (gated_)
+        for (int64_t j = 0; j < first.width; ++j) y[j] *= c[r * kTile + pieces[1].begin + j];
+      write(y, first.width, s.wide.row(r) + first.output);
+    }
+  });
+  team.share(updates.rows, [&](int64_t r) { clear_tail(s.wide, r); });
+  team.barrier();
+  multiply(layer.down, s.wide, updates, team, s.narrow, [&](const std::vector<Piece>& pieces, float* c) {
+    for (const Piece& piece : pieces)
+      for (int64_t r = 0; r < updates.rows; ++r) {
+        float* sum = s.hidden.data() + r * width + piece.output;
+        const float* y = c + r * kTile + piece.begin;
+        for (int64_t j = 0; j < piece.width; ++j) sum[j] += y[j];
+      }
+  });
+  team.barrier();
+  team.share(updates.rows, [&](int64_t r) {
+    const float* sum = s.hidden.data() + r * width;
+    T* target = row(result, block.begin + r);
+    if (norm_after_)
+      normalize(sum, target, width, layer.second.view(eps_));
+    else
+      write(sum, width, target);
+  });
+}
+
+// A depth is four phases, each shared out anew: project, attend, finish, mix. The places of a depth are its rows in
+// all layer calls, those of the own layer first, so what is mixed into the rows lies behind them.
+template <class T>
+Tensor Layers<T>::decode(const Tensor& hidden, const std::vector<DecodingDepth>& depths, const AttentionShape& shape,
+                         const Positions& positions) const {
+  int64_t places = 0;
+  for (const DecodingDepth& depth : depths) places = std::max(places, depth.places());
+  Tensor heads = at::empty({places, shape.columns()}, hidden.options());
+  Tensor attended = at::empty({places, shape.num_heads * shape.head_dim}, hidden.options());
+  Tensor outputs[2] = {at::empty({places, hidden.size(1)}, hidden.options()),
+                       at::empty({places, hidden.size(1)}, hidden.options())};
+  in_one_region<Scratch<T>>([&](const Team& everyone, std::vector<Scratch<T>>& scratch) {
+    for (size_t t = 0; t < depths.size(); ++t) {
+      const DecodingDepth& depth = depths[t];
+      const Tensor& input = t == 0 ? hidden : outputs[(t + 1) % 2];
+      Tensor& output = outputs[t % 2];
+      const int64_t* rows = depth.rows.const_data_ptr<int64_t>();
+      share_blocks(everyone, depth.pass.blocks.size(), scratch, [&](int64_t i, const Team& team, Scratch<T>& s) {
+        project_block(depth.pass.blocks[i], input, rows, depth.pass, team, s, heads);
+      });
+      everyone.share(depth.places() * shape.num_kv_heads, [&](int64_t item) {
+        const int64_t place = item / shape.num_kv_heads;
+        attend_cached(shape, positions.of(rows[place]), row(heads, place), depth.template cached<T>(place),
+                      item % shape.num_kv_heads, row(attended, place));
+      });
+      everyone.barrier();
+      share_blocks(everyone, depth.pass.blocks.size(), scratch, [&](int64_t i, const Team& team, Scratch<T>& s) {
+        finish_block(depth.pass.blocks[i], input, rows, attended, depth.pass, team, s, output);
+      });
+      if (depth.terms.empty()) continue;
+      everyone.share(depth.terms.size(), [&](int64_t i) {
+        mix_row(row(output, 0), depth.terms[i], 0, hidden.size(1), row(output, i));
+      });
+      everyone.barrier();
+    }
+  });
+  return outputs[(depths.size() + 1) % 2].narrow(0, 0, hidden.size(0));
+}
+
+}  // namespace molex

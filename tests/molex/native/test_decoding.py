@@ -1,0 +1,170 @@
+"""Steps of running generations on the kernels give what a pass gives, and what the reference gives."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from molex import BARE, MolexModel, Row
+from molex.decoding import Decoding
+from molex.kv_cache import pages_for
+from molex.reference import Reference
+from tests.molex.native.kernels import needs_kernels, threads
+from tests.molex.native.test_layers import TOLERANCE, TOLERANCE_INT8
+from tests.tiny import DECODERS, molex_config, random_adapter, random_ids, tiny_base
+
+pytestmark = needs_kernels
+
+ROOM = 70
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def folder(request, tmp_path_factory):
+    return tiny_base(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def packed(folder, dtype=torch.float32, **weights):
+    model = MolexModel.from_pretrained(folder, dtype)
+    model.prepack(**weights)
+    return model
+
+
+def generators(model):
+    mixtures = [None, molex_config(), molex_config([0, 3], top_k=2), None]
+    return [BARE] + [
+        random_adapter(model.spec, seed=n, task="CAUSAL_LM", r=1 + 2 * n, molex=molex)
+        for n, molex in enumerate(mixtures)
+    ]
+
+
+class Generations:
+    """Prompts that have run, and the rows of their next tokens, which are random."""
+
+    def __init__(self, model, adapters, lengths):
+        self.model, self.adapters = model, adapters
+        self.cache = model.new_cache(sum(pages_for(ROOM, a.num_streams) for a in adapters))
+        self.slots = [self.cache.allocate(ROOM, adapter.num_streams) for adapter in adapters]
+        self.texts = [random_ids(n, seed=i) for i, n in enumerate(lengths)]
+        rows = [
+            Row(text, adapter, slot=slot)
+            for text, adapter, slot in zip(self.texts, adapters, self.slots, strict=True)
+        ]
+        self.routes = model.run(rows, self.cache).routes
+
+    def grow(self, seed):
+        for i, text in enumerate(self.texts):
+            text.append(random_ids(1, seed=1000 * seed + i)[0])
+
+    def rows(self):
+        return [
+            Row(text[-1:], adapter, slot=slot, start=len(text) - 1, route=route)
+            for text, adapter, slot, route in zip(
+                self.texts, self.adapters, self.slots, self.routes, strict=True
+            )
+        ]
+
+
+def relative_error(given, expected):
+    return float((given.float() - expected.float()).norm() / expected.float().norm())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 2])
+def test_steps_equal_the_full_forward(folder, count):
+    model, reference = packed(folder), Reference(folder)
+    adapters = generators(model)
+    with threads(count):
+        running = Generations(model, adapters, [3, 15, 1, 31, 13])
+        for step in range(5):
+            running.grow(step)
+            output = model.run(running.rows(), running.cache)
+            for i, (text, adapter) in enumerate(zip(running.texts, adapters, strict=True)):
+                voters = len(text) - step - 1
+                expected, route = reference(text, adapter, voters=voters)
+                assert [c.layers for c in route] == [c.layers for c in output.routes[i]]
+                torch.testing.assert_close(output.logits[i], expected[-1], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("weights", [{}, {"routed_int8": True}, {"int8": True}])
+def test_steps_equal_those_of_a_pass(folder, dtype, weights):
+    """In the same precision; the pages that a step has written are read by a pass afterwards."""
+    model = packed(folder, dtype, **weights)
+    tolerance = TOLERANCE_INT8 if weights else TOLERANCE[dtype]
+    # More rows than a block takes, so that some blocks are whole and threads take them one by one.
+    adapters = [generators(model)[i % 5] for i in range(70)]
+    running = Generations(model, adapters, [1 + i % 33 for i in range(70)])
+    for step in range(3):
+        running.grow(step)
+        rows = running.rows()
+        expected = model._run_pass(rows, running.cache, "last")
+        given = model.run(rows, running.cache)
+        assert given.stats == expected.stats
+        assert given.routes == expected.routes
+        for one, other in zip(given.logits, expected.logits, strict=True):
+            assert one.dtype == other.dtype == dtype
+            assert relative_error(one, other) < tolerance
+
+
+@torch.no_grad()
+def test_what_runs_beside_a_generation_changes_nothing(folder):
+    model = packed(folder)
+    adapters = generators(model)
+    classifier = random_adapter(model.spec, seed=9, molex=molex_config())
+    running = Generations(model, adapters, [5, 4, 3, 2, 1])
+    running.grow(0)
+    rows = running.rows()
+    alone = [model.run([row], running.cache).logits[0] for row in rows]
+    beside = [Row(random_ids(7, seed=3), classifier), Row(random_ids(20, seed=4), adapters[1])]
+    together = model.run([beside[0], *rows[::-1], beside[1]], running.cache)
+    assert len(together.logits) == 7
+    for one, other in zip(alone, together.logits[1:-1][::-1], strict=True):
+        torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
+    for row, logits in zip(beside, (together.logits[0], together.logits[-1]), strict=True):
+        torch.testing.assert_close(logits, model.run([row]).logits[0], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_generations_that_come_and_go_are_planned_anew(folder):
+    model, reference = packed(folder), Reference(folder)
+    adapters = generators(model)
+    running = Generations(model, adapters, [2, 3, 4, 5, 6])
+    for step, chosen in enumerate([[0, 1, 2], [2, 1], [2, 1], [4, 3, 0], [0, 3, 4]]):
+        running.grow(step)
+        rows = running.rows()
+        output = model.run([rows[i] for i in chosen], running.cache)
+        # Those that did not run have to, before their next token.
+        model.run([rows[i] for i in range(5) if i not in chosen], running.cache)
+        for place, i in enumerate(chosen):
+            expected, _ = reference(running.texts[i], adapters[i], voters=len(running.texts[i]) - step - 1)
+            torch.testing.assert_close(output.logits[place], expected[-1], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_plan_holds_neither_adapters_nor_slots(folder):
+    model = packed(folder)
+    running = Generations(model, [random_adapter(model.spec, seed=1, task="CAUSAL_LM", r=2)], [4])
+    running.grow(0)
+    model.run(running.rows(), running.cache)
+    assert isinstance(model._decoding, Decoding)
+    held = [weakref.ref(running.adapters[0]), weakref.ref(running.slots[0])]
+    running.cache.free(running.slots[0])
+    del running
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]
+
+
+@torch.no_grad()
+def test_a_token_that_is_not_finite_is_seen(folder):
+    model = packed(folder)
+    running = Generations(model, [BARE, BARE], [20, 5])
+    running.grow(0)
+    # A key of the second page, which is within every window.
+    running.cache.depths[1].pages[running.slots[0].pages[0, 1], 0, 3] = float("nan")
+    output = model.run(running.rows(), running.cache)
+    assert not output.logits[0].isfinite().all()
+    assert output.logits[1].isfinite().all()
