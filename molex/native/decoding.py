@@ -54,7 +54,7 @@ class NativeDecoding:
         )
 
     def step(self, hidden: Tensor, past: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Embeddings [n, d] of one new token each, `past` [n] tokens being cached → outputs of the last depth.
+        """Embeddings [n, d] of one new token each, `past` [n] tokens being cached → the last outputs.
 
         `rotary` is (cos, sin) [n, head_dim] for families that rotate queries and keys.
         """

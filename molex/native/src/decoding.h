@@ -2,8 +2,10 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <immintrin.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -42,6 +44,16 @@ struct Stream {
   T* at(int64_t head, int64_t token) const {
     return pages + ((numbers[token / page_tokens] * heads + head) * page_tokens + token % page_tokens) * dim;
   }
+
+  // Call use(first, count) for the tokens of each page between two of them.
+  template <class Use>
+  void for_each_page(int64_t begin, int64_t end, const Use& use) const {
+    for (int64_t first = begin, next; first < end; first = next) {
+      next = std::min(end, (first / page_tokens + 1) * page_tokens);
+      use(first, next - first);
+    }
+  }
+
   T* pages;
   const int64_t* numbers;
   int64_t heads, page_tokens, dim;
@@ -97,41 +109,102 @@ inline float softmax(float* x, int64_t n) {
   return total;
 }
 
+// Sixteen neighbouring values in float32.
+inline Vector widened(const float* x) { return *reinterpret_cast<const Vector*>(x); }
+
+inline Vector widened(const at::BFloat16* x) {
+  typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  return std::bit_cast<Vector>(__builtin_convertvector(*reinterpret_cast<const Halves*>(x), Words) << 16);
+}
+
+inline float sum_of(Vector x) { return _mm512_reduce_add_ps(std::bit_cast<__m512>(x)); }
+
+// Neighbouring tokens of one page, for kHeads query heads that share a key head: `dim` values of a head lie together.
+template <class T, int64_t kHeads>
+struct PageAttention {
+  // scores[h · stride + i] = queries[h] · keys[i].
+  static void score(const T* keys, int64_t count, const float* queries, int64_t dim, float* scores, int64_t stride) {
+    for (int64_t i = 0; i < count; ++i, keys += dim) {
+      Vector sums[kHeads] = {};
+      int64_t c = 0;
+      for (; c + kVector <= dim; c += kVector) {
+        const Vector key = widened(keys + c);
+        for (int64_t h = 0; h < kHeads; ++h) sums[h] += key * widened(queries + h * dim + c);
+      }
+      for (int64_t h = 0; h < kHeads; ++h)
+        scores[h * stride + i] = sum_of(sums[h]) + dot(keys + c, queries + h * dim + c, dim - c);
+    }
+  }
+
+  // sums[h] += Σ_i weights[h · stride + i] · values[i].
+  static void add(const T* values, int64_t count, const float* weights, int64_t stride, int64_t dim, float* sums) {
+    int64_t c = 0;
+    for (; c + kVector <= dim; c += kVector) {
+      Vector total[kHeads];
+      for (int64_t h = 0; h < kHeads; ++h) total[h] = widened(sums + h * dim + c);
+      for (int64_t i = 0; i < count; ++i) {
+        const Vector value = widened(values + i * dim + c);
+        for (int64_t h = 0; h < kHeads; ++h) total[h] += value * weights[h * stride + i];
+      }
+      for (int64_t h = 0; h < kHeads; ++h) *reinterpret_cast<Vector*>(sums + h * dim + c) = total[h];
+    }
+    for (; c < dim; ++c)
+      for (int64_t h = 0; h < kHeads; ++h)
+        for (int64_t i = 0; i < count; ++i)
+          sums[h * dim + c] += weights[h * stride + i] * static_cast<float>(values[i * dim + c]);
+  }
+};
+
+// What some query heads, whose scaled and rotated queries are given, find in tokens begin..end of a stream.
+template <class T, int64_t kHeads>
+void attend_heads(const Stream<T>& stream, int64_t kv_head, int64_t begin, int64_t end, const float* queries,
+                  T* result) {
+  const int64_t dim = stream.dim, stride = end - begin, value_head = stream.heads / 2 + kv_head;
+  static thread_local std::vector<float> memory;
+  memory.resize(kHeads * (dim + stride));
+  float* sums = memory.data();
+  float* scores = sums + kHeads * dim;
+  using Page = PageAttention<T, kHeads>;
+  stream.for_each_page(begin, end, [&](int64_t first, int64_t count) {
+    Page::score(stream.at(kv_head, first), count, queries, dim, scores + first - begin, stride);
+  });
+  float totals[kHeads];
+  for (int64_t h = 0; h < kHeads; ++h) totals[h] = softmax(scores + h * stride, stride);
+  std::fill_n(sums, kHeads * dim, 0.0f);
+  stream.for_each_page(begin, end, [&](int64_t first, int64_t count) {
+    Page::add(stream.at(value_head, first), count, scores + first - begin, stride, dim, sums);
+  });
+  for (int64_t h = 0; h < kHeads; ++h)
+    for (int64_t c = 0; c < dim; ++c) result[h * dim + c] = static_cast<T>(sums[h * dim + c] / totals[h]);
+}
+
 // `heads` [columns] holds the queries, keys and values of one token: keep its key and value of one key head in the
 // stream, and write what the query heads of that key head find there [num_heads · head_dim].
 template <class T>
 void attend_cached(const AttentionShape& shape, const Position& position, const T* heads, const Stream<T>& stream,
                    int64_t kv_head, T* result) {
   const int64_t dim = shape.head_dim, shared = shape.num_heads / shape.num_kv_heads;
-  const int64_t first_head = kv_head * shared, value_head = shape.num_kv_heads + kv_head;
   const T* key = heads + (shape.num_heads + kv_head) * dim;
   placed(key, position, dim, 1.0f, stream.at(kv_head, position.past));
   const T* value = key + shape.num_kv_heads * dim;
-  std::copy(value, value + dim, stream.at(value_head, position.past));
+  std::copy(value, value + dim, stream.at(shape.num_kv_heads + kv_head, position.past));
 
-  const int64_t end = position.past + 1, begin = shape.window ? std::max(end - shape.window, int64_t{0}) : 0;
-  const int64_t count = end - begin;
-  static thread_local std::vector<float> memory;
-  memory.resize(shared * (dim + dim + count));
-  float* queries = memory.data();
-  float* sums = queries + shared * dim;
-  float* scores = sums + shared * dim;
+  static thread_local std::vector<float> queries;
+  queries.resize(shared * dim);
+  const int64_t first_head = kv_head * shared;
   for (int64_t h = 0; h < shared; ++h)
-    placed(heads + (first_head + h) * dim, position, dim, shape.scaling, queries + h * dim);
-  for (int64_t i = 0; i < count; ++i) {
-    const T* k = stream.at(kv_head, begin + i);
-    for (int64_t h = 0; h < shared; ++h) scores[h * count + i] = dot(k, queries + h * dim, dim);
-  }
-  std::fill_n(sums, shared * dim, 0.0f);
-  for (int64_t h = 0; h < shared; ++h) {
-    float* sum = sums + h * dim;
-    const float total = softmax(scores + h * count, count);
-    for (int64_t i = 0; i < count; ++i) {
-      const T* v = stream.at(value_head, begin + i);
-      const float weight = scores[h * count + i];
-      for (int64_t c = 0; c < dim; ++c) sum[c] += weight * static_cast<float>(v[c]);
+    placed(heads + (first_head + h) * dim, position, dim, shape.scaling, queries.data() + h * dim);
+  const int64_t end = position.past + 1, begin = shape.window ? std::max(end - shape.window, int64_t{0}) : 0;
+  for (int64_t h = 0; h < shared;) {
+    const float* some = queries.data() + h * dim;
+    T* found = result + (first_head + h) * dim;
+    switch (shared - h) {
+      case 1: attend_heads<T, 1>(stream, kv_head, begin, end, some, found), h += 1; break;
+      case 2: attend_heads<T, 2>(stream, kv_head, begin, end, some, found), h += 2; break;
+      case 3: attend_heads<T, 3>(stream, kv_head, begin, end, some, found), h += 3; break;
+      default: attend_heads<T, 4>(stream, kv_head, begin, end, some, found), h += 4;
     }
-    for (int64_t c = 0; c < dim; ++c) result[(first_head + h) * dim + c] = static_cast<T>(sum[c] / total);
   }
 }
 
