@@ -26,8 +26,9 @@ from server.deps import (
 )
 from server.errors import ErrorKind, ServiceError
 from server.routes.access import OPEN, Infer
+from server.routes.answers import TeiError
 from server.routes.embeddings import normalized
-from server.routes.errors import error_route
+from server.routes.errors import error_answers, error_route
 from server.routes.prompts import run_prompts
 from server.schemas import ModelName, TeiEmbedRequest, TeiPredictRequest
 from server.sequence import Sequence
@@ -38,13 +39,21 @@ STATUS = {ErrorKind.CONTEXT_LENGTH: 413, ErrorKind.INTERNAL: 424}
 ERROR_TYPES = {424: "Backend", 429: "Overloaded", 503: "Unhealthy"}
 
 
+def _status(kind: ErrorKind) -> int:
+    return STATUS.get(kind, 422 if kind.status == 400 else kind.status)
+
+
 def _error(error: ServiceError) -> JSONResponse:
-    status = STATUS.get(error.kind, 422 if error.kind.status == 400 else error.kind.status)
+    status = _status(error.kind)
     body = {"error": error.message, "error_type": ERROR_TYPES.get(status, "Validation")}
     return JSONResponse(body, status, headers=error.headers)
 
 
-router = APIRouter(tags=["text-embeddings-inference"], route_class=error_route(_error))
+router = APIRouter(
+    tags=["text-embeddings-inference"],
+    route_class=error_route(_error),
+    responses=error_answers(TeiError, _status),
+)
 
 
 class Prediction(BaseModel):
