@@ -98,7 +98,7 @@ class GenerationRequest(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
     presence_penalty: Penalty | None = 0.0
     frequency_penalty: Penalty | None = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = 1.0
     logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = None
     n: Choices | None = 1
     seed: Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED)] | None = None
