@@ -60,6 +60,13 @@ class Live:
     def chat(self, **body: Any) -> httpx.Response:
         return self.post("/v1/chat/completions", body)
 
+    def load(self, name: str, source: str, **body: Any) -> httpx.Response:
+        """Load an adapter, or replace the one of this name, and wait until it is served or refused."""
+        return self.http.put(f"/v1/adapters/{name}", json={"source": source} | body)
+
+    def unload(self, name: str) -> httpx.Response:
+        return self.http.delete(f"/v1/adapters/{name}")
+
     def metrics(self) -> dict[str, float]:
         """Every sample of /metrics by its name and labels, as they are printed."""
         lines = self.http.get("/metrics").text.splitlines()

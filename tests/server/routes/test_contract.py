@@ -69,6 +69,8 @@ def test_every_answer_is_documented_whoever_asks(scene, acme, other, name, examp
         status = ask(case, neighbour, CONFORMANCE)
         assert status != 424
         assert status >= 400 or open_to_all or name in WRITES or not (named and model == "secret")
-        assert open_to_all or ask(case, {}, CONFORMANCE) == 401
+        # No path of a route holds a line break.
+        refusal = 404 if "%0A" in str(case.path_parameters) else 401
+        assert open_to_all or ask(case, {}, CONFORMANCE) == refusal
 
     check()
