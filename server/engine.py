@@ -160,7 +160,7 @@ class Engine:
     def _step(self) -> bool:
         """Schedule, run, postprocess; False when the engine stops.
 
-        A frame of its own: while the worker waits for work, it holds no sequence, and so no adapter's weights.
+        In a frame of its own: while the worker waits, it holds no sequence, and so no adapter's weights.
         """
         batch = self._schedule()
         if batch is not None:

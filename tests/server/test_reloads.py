@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Event, Semaphore
 from weakref import ReferenceType, ref
 
+import httpx
 import pytest
 import torch
 
@@ -56,14 +57,16 @@ def test_every_answer_under_reloads_is_of_one_version_and_says_which(start, sett
 
     def work(_: int) -> Counter[str]:
         seen: Counter[str] = Counter()
-        while not done.is_set():
-            response = live.classify(model="shifting", input=["w1 w2", "w3"])
-            assert response.status_code == 200, response.text
-            answer = response.json()
-            [label] = {entry["label"] for entry in answer["data"]}
-            assert answer["adapter_digest"] == response.headers["x-adapter-digest"] == digests[label]
-            seen[label] += 1
-            answered.release()
+        # A client of its own: one that threads share may close a connection that another has just taken.
+        with httpx.Client(base_url=live.url, timeout=60) as client:
+            while not done.is_set():
+                response = client.post("/v1/classify", json={"model": "shifting", "input": ["w1 w2", "w3"]})
+                assert response.status_code == 200, response.text
+                answer = response.json()
+                [label] = {entry["label"] for entry in answer["data"]}
+                assert answer["adapter_digest"] == response.headers["x-adapter-digest"] == digests[label]
+                seen[label] += 1
+                answered.release()
         return seen
 
     references = []
