@@ -66,6 +66,7 @@ def create_app(engine: Engine, access: Access) -> FastAPI:
         vllm,
     ):
         register(app, module.router)
+    register(app, adapters.vllm_verbs)
     errors.install(app)
     app.add_middleware(Authentication, access=access)
     app.add_middleware(BodyLimit, max_bytes=engine.settings.max_body_bytes)

@@ -31,6 +31,21 @@ class ErrorAnswer(Answer):
     error: ErrorDetail
 
 
+class VllmErrorDetail(Answer):
+    """`code` is the HTTP status."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class VllmError(Answer):
+    """An error in the shape of vLLM."""
+
+    error: VllmErrorDetail
+
+
 class TeiError(Answer):
     """An error in the shape of text-embeddings-inference."""
 

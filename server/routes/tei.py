@@ -34,8 +34,9 @@ from server.schemas import ModelName, TeiEmbedRequest, TeiPredictRequest
 from server.sequence import Sequence
 from server.tokenization import TextOrPair
 
-STATUS = {ErrorKind.CONTEXT_LENGTH: 413, ErrorKind.INTERNAL: 424}
+STATUS = {ErrorKind.CONTEXT_LENGTH: 413, ErrorKind.TOO_MANY_INPUTS: 413, ErrorKind.INTERNAL: 424}
 """Where TEI answers with another status than we do; 400 becomes 422."""
+TIMES = ("x-total-time", "x-tokenization-time", "x-queue-time", "x-inference-time")
 ERROR_TYPES = {424: "Backend", 429: "Overloaded", 503: "Unhealthy"}
 
 
@@ -179,11 +180,12 @@ def _model_type(target: Target) -> dict[str, Any]:
 def _compute_headers(
     inputs: list[TextOrPair], sequences: list[Sequence], response: Response
 ) -> dict[str, str]:
-    """What TEI reports of a request beside its times."""
+    """What TEI reports of a request: its times in whole milliseconds, and what it was made of."""
     texts = [text for entry in inputs for text in ([entry] if isinstance(entry, str) else entry)]
-    return {
+    times = {name: str(int(float(response.headers[name]))) for name in TIMES}
+    return times | {
         "x-compute-type": "cpu",
-        "x-compute-time": response.headers["x-total-time"],
+        "x-compute-time": times["x-total-time"],
         "x-compute-characters": str(sum(map(len, texts))),
         "x-compute-tokens": str(sum(len(sequence.token_ids) for sequence in sequences)),
     }

@@ -16,7 +16,11 @@ BOUNDS = {
     "string": ({"maxLength"},),
     "array": ({"maxItems"},),
 }
-SHAPES = {"open-inference-protocol": "V2Error", "text-embeddings-inference": "TeiError"}
+SHAPES = {
+    "open-inference-protocol": "V2Error",
+    "text-embeddings-inference": "TeiError",
+    "vllm": "VllmError",
+}
 """Of errors, by the tag of a dialect."""
 DOCUMENT = document()
 OPERATIONS = {
