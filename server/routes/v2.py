@@ -111,10 +111,10 @@ BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "b
 """JSON and what follows it, in the OpenAPI document."""
 
 
-def _documented(body: type[Body]) -> Json:
-    """Shows in the OpenAPI document a body that the handler reads itself."""
+def _documented(body: type[Body], **other: Json) -> Json:
+    """Shows in the OpenAPI document a body that the handler reads itself, and what else it may be."""
     schema = body.model_json_schema()
-    content = {"application/json": {"schema": _inlined(schema, schema.pop("$defs", {}))}}
+    content = {"application/json": {"schema": _inlined(schema, schema.pop("$defs", {}))}, **other}
     return {"openapi_extra": {"requestBody": {"content": content}}}
 
 
@@ -129,8 +129,10 @@ def _inlined(schema: Any, definitions: Json) -> Any:
     return {key: _inlined(value, definitions) for key, value in schema.items()}
 
 
-INFERENCE = _documented(InferRequest) | {"responses": {200: {"model": InferResponse, "content": BINARY}}}
-INFERENCE["openapi_extra"]["requestBody"]["content"] |= BINARY
+INFERENCE: Json = {
+    "responses": {200: {"model": InferResponse, "content": BINARY}},
+    **_documented(InferRequest, **BINARY),
+}
 HeaderLength = Annotated[str | None, Header(alias=HEADER_LENGTH, max_length=20)]
 
 

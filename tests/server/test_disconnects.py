@@ -55,7 +55,7 @@ def free(live: Live) -> bool:
     return not left and runner.num_free_pages == runner.num_pages
 
 
-@pytest.mark.parametrize("clients", [80, pytest.param(4000, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("clients", [80, pytest.param(2000, marks=pytest.mark.faults)])
 def test_those_who_stay_are_answered_and_nothing_is_left_of_the_others(settings, start, clients):
     live = start(settings)
     for name, source in NAMES.items():
