@@ -53,9 +53,9 @@ class Scene:
 
         monkeypatch.setattr(runner, "run", held)
 
-    def until(self, condition: Callable[[], bool]) -> None:
+    def until(self, condition: Callable[[], bool], looks: int = 10_000) -> None:
         """Wait for what other threads are about to do; each look takes one round trip to the server."""
-        for _ in range(10_000):
+        for _ in range(looks):
             if condition():
                 return
             self.live.http.get("/livez")
@@ -160,7 +160,7 @@ class Lifecycle(RuleBasedStateMachine):
             self.finish()
         for name in list(self.served):
             self.unload(name)
-        self.scene.until(self.forgotten)
+        self.scene.until(self.forgotten, looks=30)
 
     def forgotten(self) -> bool:
         """Whether nothing holds the weights of any adapter that was there."""
