@@ -20,7 +20,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 SHORT := runs/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install models peers serve demo lint deploy-lint format test bench bench-full loadtest clean
+.PHONY: help install models peers serve demo lint deploy-lint format test test-faults bench bench-full loadtest clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ format: $(READY) ## Rewrite the sources in the project's style
 
 test: models ## Run the tests
 	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+
+test-faults: models ## Run the long tests: hostile input, churn, disconnects, reloads under traffic
+	$(TEST_ENV) $(BIN)/python -m pytest -m faults $(ARGS)
 
 bench: models ## Measure what needs no peer, in a few minutes; writes runs/bench/figures.md
 	$(BIN)/python -m benchmarks.bench_lora_classification --rounds 3 --requests 64 --adapters 32 --output $(SHORT)

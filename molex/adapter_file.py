@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -26,9 +29,14 @@ from molex.config import AdapterConfig
 from molex.config_file import config_fields, parse_config
 from molex.errors import AdapterError
 from molex.heads import POOLER, Shape, output_name
+from molex.strict_json import parse_object
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 2**20
+MAX_WEIGHTS_BYTES = 2**30
+MAX_HEADER_BYTES = 2**24
+"""Of the JSON that a safetensors file begins with: room for 100,000 tensors."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -49,8 +57,9 @@ class AdapterFiles:
 
 
 def read_files(folder: str | Path) -> AdapterFiles:
-    """Read an adapter folder. Raises AdapterError, which names the file that cannot be read."""
-    return AdapterFiles(_read(Path(folder), CONFIG_NAME), _read(Path(folder), WEIGHTS_NAME))
+    """Read a folder. Raises AdapterError, which names the file that is too large or cannot be read."""
+    config = _read(Path(folder), CONFIG_NAME, MAX_CONFIG_BYTES)
+    return AdapterFiles(config, _read(Path(folder), WEIGHTS_NAME, MAX_WEIGHTS_BYTES))
 
 
 def read_adapter(
@@ -98,14 +107,38 @@ def _laid_out(name: str, tensor: Tensor) -> Tensor:
     return tensor.T.contiguous().T if name.endswith(".lora_B.weight") else tensor
 
 
-def _read(folder: Path, name: str) -> bytes:
+def _read(folder: Path, name: str, most: int) -> bytes:
     try:
-        return (folder / name).read_bytes()
+        # Without O_NONBLOCK a pipe in the place of a file would be waited for, without end.
+        with os.fdopen(os.open(folder / name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise AdapterError(name, "is not a file")
+            if status.st_size > most:
+                raise AdapterError(name, f"has {status.st_size} bytes; no more than {most} are read")
+            if name == WEIGHTS_NAME:
+                _check_size(file, status.st_size)
+            return file.read(status.st_size)
     except OSError as error:
         hint = ""
         if name == WEIGHTS_NAME and (folder / "adapter_model.bin").exists():
             hint = "; adapter_model.bin is a pickle, which is never read"
         raise AdapterError(name, f"cannot be read ({error.strerror}){hint}") from error
+
+
+def _check_size(file: BinaryIO, size: int) -> None:
+    """Refuse weights whose header says that they are of another size: a hole of gigabytes is not read."""
+    try:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(MAX_HEADER_BYTES, size):
+            raise ValueError(f"a header of {length} bytes")
+        header = parse_object(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        if (described := 8 + length + max(ends, default=0)) != size:
+            raise ValueError(f"{size} bytes, of which the header describes {described}")
+    except (struct.error, ValueError, KeyError, IndexError, TypeError) as error:
+        raise AdapterError(WEIGHTS_NAME, f"not a safetensors file ({error})") from error
+    file.seek(0)
 
 
 def _check_names_and_shapes(config: AdapterConfig, spec: BaseSpec, tensors: Mapping[str, Tensor]) -> None:

@@ -23,6 +23,7 @@ from molex.config import (
     VoteScore,
 )
 from molex.errors import AdapterError
+from molex.strict_json import parse_object
 
 MOLEX_VERSION = 1
 MAX_RANK = 1024
@@ -84,12 +85,9 @@ def parse_config(text: str | bytes, num_layers: int) -> AdapterConfig:
 
 def _load(text: str | bytes) -> Fields:
     try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError("adapter_config.json", f"not valid JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise AdapterError("adapter_config.json", "not a JSON object")
-    return fields
+        return parse_object(text)
+    except ValueError as error:
+        raise AdapterError("adapter_config.json", str(error)) from error
 
 
 def _parse_molex(fields: Fields, num_layers: int) -> MolexConfig:

@@ -52,8 +52,9 @@ class SamplingParams:
         _require(0 <= self.min_p <= 1, "min_p", "from 0 to 1", self.min_p)
         for name in ("presence_penalty", "frequency_penalty"):
             _require(math.isfinite(getattr(self, name)), name, "finite", getattr(self, name))
-        positive = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0
-        _require(positive, "repetition_penalty", "finite and above 0", self.repetition_penalty)
+        # Beyond this range logits would leave that of float32.
+        in_range = 0.01 <= self.repetition_penalty <= 100
+        _require(in_range, "repetition_penalty", "from 0.01 to 100", self.repetition_penalty)
         finite = all(map(math.isfinite, self.logit_bias.values()))
         _require(finite, "logit_bias", "finite", dict(self.logit_bias))
         _require(all(self.stop), "stop", "free of empty strings", list(self.stop))

@@ -26,6 +26,7 @@ from server.routes import (
     vllm,
 )
 from server.routes.access import Authentication, register
+from server.routes.answers import ErrorAnswer
 from server.routes.middleware import BodyLimit, Observer
 
 
@@ -46,6 +47,7 @@ def create_app(engine: Engine, access: Access) -> FastAPI:
         version=version("molex-serve"),
         description="Classification, generation and embeddings: many MoLEx and LoRA adapters on one base.",
         lifespan=lifespan,
+        responses=errors.error_answers(ErrorAnswer),
         redoc_url=None,
     )
     app.state.engine = engine
@@ -64,6 +66,7 @@ def create_app(engine: Engine, access: Access) -> FastAPI:
         vllm,
     ):
         register(app, module.router)
+    register(app, adapters.vllm_verbs)
     errors.install(app)
     app.add_middleware(Authentication, access=access)
     app.add_middleware(BodyLimit, max_bytes=engine.settings.max_body_bytes)

@@ -140,7 +140,7 @@ def check_count(engine: Engine, count: int, param: str, what: str = "entries") -
     limit = engine.settings.max_inputs
     if count > limit:
         message = f"{param}: {count} {what}; the limit is {limit}"
-        raise ServiceError(ErrorKind.INVALID_REQUEST, message, param=param)
+        raise ServiceError(ErrorKind.TOO_MANY_INPUTS, message, param=param)
 
 
 async def spend_tokens(request: Request, caller: Caller, prompts: Seq[Prompt], limit: int = 0) -> None:

@@ -150,25 +150,37 @@ class Engine:
 
     def _work(self) -> None:
         try:
-            while batch := self._schedule():
-                output = self._run(batch)
-                self._postprocess(batch, output)
+            while self._step():
+                pass
         except Exception:
             log.critical("the worker thread died", exc_info=True)
         finally:
             self._abandon()
 
+    def _step(self) -> bool:
+        """Schedule, run, postprocess; False when the engine stops.
+
+        In a frame of its own: while the worker waits, it holds no sequence, and so no adapter's weights.
+        """
+        batch = self._schedule()
+        if batch is not None:
+            self._postprocess(batch, self._run(batch))
+        return batch is not None
+
     def _schedule(self) -> Batch[Sequence] | None:
         """Wait for work and choose the next batch; None when the engine stops."""
         with self._wake:
             while not self._stopping:
-                for sequence in self._scheduler.drop_cancelled():
-                    self.bases[sequence.base].runner.release(sequence)
+                self._drop_cancelled()
                 if batch := self._scheduler.schedule():
                     self._mark_started(batch)
                     return batch
                 self._wake.wait()
         return None
+
+    def _drop_cancelled(self) -> None:
+        for sequence in self._scheduler.drop_cancelled():
+            self.bases[sequence.base].runner.release(sequence)
 
     def _mark_started(self, batch: Batch[Sequence]) -> None:
         now = perf_counter()

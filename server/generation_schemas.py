@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from server.grammar import GrammarRequest
-from server.schemas import Body, ModelName, Text
+from server.schemas import Body, ModelName, Text, Texts, User
+from server.settings import MAX_INPUTS
 
 MAX_SEED = 2**63 - 1
 MAX_TOKENS = 1_048_576
@@ -21,6 +22,9 @@ TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 """A token id as a key of a JSON object."""
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
+Schema = Annotated[dict[str, Any], Field(max_length=1024)]
+"""A JSON schema. What is in it, and how long it may be, is for `GrammarCompiler`."""
 
 
 class StreamOptions(Body):
@@ -30,9 +34,9 @@ class StreamOptions(Body):
 class JsonSchema(Body):
     """A schema in OpenAI's wrapping. `strict` changes nothing: text always follows the schema."""
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$", max_length=64)]
     description: Text | None = None
-    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    json_schema: Annotated[Schema, Field(alias="schema")]
     strict: bool | None = None
 
 
@@ -57,7 +61,7 @@ class ResponseFormat(Body):
 class StructuredOutputs(Body):
     """vLLM's field: one of a JSON schema, any JSON object, a regular expression, a list of texts."""
 
-    json_schema: Annotated[dict[str, Any] | None, Field(alias="json")] = None
+    json_schema: Annotated[Schema | None, Field(alias="json")] = None
     json_object: Literal[True] | None = None
     regex: Annotated[Text, Field(min_length=1)] | None = None
     choice: Annotated[list[Text], Field(min_length=1, max_length=1024)] | None = None
@@ -94,7 +98,7 @@ class GenerationRequest(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
     presence_penalty: Penalty | None = 0.0
     frequency_penalty: Penalty | None = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = 1.0
     logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = None
     n: Choices | None = 1
     seed: Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED)] | None = None
@@ -105,7 +109,7 @@ class GenerationRequest(Body):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     return_routes: bool = False
-    user: Text | None = None
+    user: User | None = None
 
     @property
     def grammar(self) -> GrammarRequest | None:
@@ -145,12 +149,7 @@ class GenerationRequest(Body):
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`. A prompt is a text or a list of token ids; several make several choices."""
 
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
-    )
+    prompt: Text | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     echo: bool | None = False
@@ -187,7 +186,7 @@ class TextPart(Body):
 
 class Message(Body):
     role: Literal["system", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
 
     @property
     def text(self) -> str:
@@ -255,7 +254,7 @@ class DetokenizeRequest(Body):
     """`POST /detokenize` of vLLM."""
 
     model: ModelName | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS)]
 
 
 class ChatRequest(GenerationRequest, Conversation):

@@ -1,4 +1,4 @@
-"""Bodies of requests. Every number has a maximum, and a parameter that is not listed is refused by name.
+"""Bodies of requests. Every number, text and list has a maximum; a parameter that is not listed is refused.
 
 OpenAI's parameters that this service does not implement are accepted only with the value that changes
 nothing, because clients send them unasked.
@@ -8,27 +8,22 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from server.catalogue.records import Scope
-from server.settings import FULL_NAME_PATTERN
+from server.settings import FULL_NAME_PATTERN, MAX_FULL_NAME, MAX_INPUTS
 
+MAX_TEXT = 4_194_304
+"""Characters. More than that is no prompt: the longest sequence has a million tokens."""
 
-def _unicode(text: str) -> str:
-    """JSON can spell half of a surrogate pair, which is no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("text has a lone surrogate") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_unicode)]
-ModelName = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_unicode)]
-AdapterName = Annotated[str, Field(pattern=FULL_NAME_PATTERN)]
-Source = Annotated[
-    str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f]+$"), AfterValidator(_unicode)
-]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+"""JSON can spell half of a surrogate pair, which pydantic refuses wherever it measures a length."""
+Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
+User = Annotated[str, Field(max_length=512)]
+"""For the records of the caller: nothing here depends on it."""
+ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+AdapterName = Annotated[str, Field(pattern=FULL_NAME_PATTERN, max_length=MAX_FULL_NAME)]
+Source = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f]+$")]
 Pair = Annotated[list[Text], Field(min_length=2, max_length=2)]
 
 
@@ -42,9 +37,9 @@ class ClassifyRequest(Body):
     """`POST /v1/classify`. A pair of texts, `[text, text_pair]`, is one input."""
 
     model: ModelName
-    input: Text | Annotated[list[Text | Pair], Field(min_length=1)]
+    input: Text | Annotated[list[Text | Pair], Field(min_length=1, max_length=MAX_INPUTS)]
     return_routes: bool = False
-    user: Text | None = None
+    user: User | None = None
 
     @property
     def inputs(self) -> list[str | list[str]]:
@@ -55,10 +50,10 @@ class VllmClassifyRequest(Body):
     """`POST /classify` of vLLM. `truncate_prompt_tokens` −1 cuts texts to the longest sequence."""
 
     model: ModelName | None = None
-    input: Text | Annotated[list[Text], Field(min_length=1)]
+    input: Text | Texts
     use_activation: bool | None = None
     truncate_prompt_tokens: Literal[-1] | None = None
-    user: Text | None = None
+    user: User | None = None
 
     add_special_tokens: Literal[True] = True
     priority: Literal[0] = 0
@@ -74,7 +69,10 @@ class TeiPredictRequest(Body):
     inputs: (
         Text
         | Annotated[list[Text], Field(min_length=1, max_length=2)]
-        | Annotated[list[Annotated[list[Text], Field(min_length=1, max_length=2)]], Field(min_length=1)]
+        | Annotated[
+            list[Annotated[list[Text], Field(min_length=1, max_length=2)]],
+            Field(min_length=1, max_length=MAX_INPUTS),
+        ]
     )
     truncate: bool | None = None
     truncation_direction: Literal["Right", "right"] | None = None
@@ -94,7 +92,7 @@ class TeiPredictRequest(Body):
 class TeiEmbedRequest(Body):
     """`POST /embed` of text-embeddings-inference."""
 
-    inputs: Text | Annotated[list[Text], Field(min_length=1)]
+    inputs: Text | Texts
     truncate: bool | None = None
     truncation_direction: Literal["Right", "right"] | None = None
     normalize: bool = True
@@ -111,9 +109,9 @@ class EmbeddingsRequest(Body):
     """`POST /v1/embeddings`. Token ids are refused: a client's are not those of this server's tokenizers."""
 
     model: ModelName
-    input: Text | Annotated[list[Text], Field(min_length=1)]
+    input: Text | Texts
     encoding_format: Literal["float", "base64"] = "float"
-    user: Text | None = None
+    user: User | None = None
 
     dimensions: None = None
 

@@ -21,6 +21,9 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 """Names of bases and adapters: safe in a URL, a file name and a metric label."""
 FULL_NAME_PATTERN = r"^([a-z0-9][a-z0-9._-]{0,62}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 """Names of adapters, with or without their tenant."""
+MAX_FULL_NAME = 192
+MAX_INPUTS = 4096
+"""What `max_inputs` may be set to at most."""
 
 
 class CatalogueSettings(BaseSettings):
@@ -124,7 +127,7 @@ class Settings(CatalogueSettings):
     max_length: int = Field(
         2048, ge=2, le=1_048_576, description="Longest sequence in tokens, where the base allows it."
     )
-    max_inputs: int = Field(256, ge=1, le=4096, description="Texts or prompts in one request.")
+    max_inputs: int = Field(256, ge=1, le=MAX_INPUTS, description="Texts or prompts in one request.")
     max_body_bytes: int = Field(4_194_304, ge=1024, le=1_073_741_824, description="Largest request body.")
     max_adapters: int = Field(
         10_000, ge=1, le=1_000_000, description="Adapters registered at a time, in memory or not."

@@ -44,7 +44,7 @@ class Sources:
             raise ServiceError(ErrorKind.FORBIDDEN_SOURCE, message, param="source")
         if not exists:
             message = f"there is no folder {source!r} under the server's adapter root"
-            raise ServiceError(ErrorKind.BAD_ADAPTER, message, param="source")
+            raise ServiceError(ErrorKind.NO_SOURCE, message, param="source")
         return parts[0]
 
     def read(self, folder: Path, base: str | None) -> tuple[str, Adapter]:

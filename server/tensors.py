@@ -17,7 +17,8 @@ import numpy as np
 from pydantic import Field
 
 from server.errors import ErrorKind, ServiceError
-from server.schemas import Body, Text
+from server.schemas import Body, Text, Texts
+from server.settings import MAX_INPUTS
 
 LENGTH = struct.Struct("<I")
 """In front of each text: its number of bytes."""
@@ -36,7 +37,7 @@ class InputTensor(Body):
     shape: Annotated[list[Annotated[int, Field(ge=0, le=2**20)]], Field(min_length=1, max_length=2)]
     datatype: Literal["BYTES"]
     parameters: InputParameters | None = None
-    data: list[Text | list[Text]] | None = None
+    data: Annotated[list[Text | Texts], Field(max_length=MAX_INPUTS)] | None = None
 
     @property
     def binary_size(self) -> int | None:

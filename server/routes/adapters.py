@@ -16,11 +16,13 @@ from server.deps import DIGEST_HEADER, AccessDep, EngineDep, find_adapter, visib
 from server.engine import Engine
 from server.errors import ErrorKind, ServiceError, adapter_not_found
 from server.routes.access import ReadAdapters, WriteAdapters
-from server.schemas import LoadLoraRequest, PutAdapterRequest, UnloadLoraRequest
-from server.settings import FULL_NAME_PATTERN
+from server.routes.errors import text_answers
+from server.routes.vllm_errors import VLLM_ERRORS
+from server.schemas import AdapterName, LoadLoraRequest, PutAdapterRequest, UnloadLoraRequest
 
 router = APIRouter(tags=["adapters"])
-Name = Annotated[str, Path(pattern=FULL_NAME_PATTERN)]
+vllm_verbs = APIRouter(tags=["vllm"], **VLLM_ERRORS)
+Name = Annotated[AdapterName, Path()]
 
 
 class AdapterCard(BaseModel):
@@ -92,25 +94,29 @@ async def delete_adapter(name: Name, engine: EngineDep, access: AccessDep, calle
     await remove_adapter(engine, access, caller, name)
 
 
-@router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+@vllm_verbs.post("/v1/load_lora_adapter", response_class=Response, responses=text_answers(200))
 async def load_lora_adapter(
     body: LoadLoraRequest, engine: EngineDep, access: AccessDep, caller: WriteAdapters
-) -> str:
+) -> Response:
     """vLLM's verb: a name that is taken is replaced only with `load_inplace`."""
     if caller.own_name(body.lora_name) in engine.adapters and not body.load_inplace:
-        message = f"the adapter {body.lora_name!r} is already loaded; set load_inplace to replace it"
+        # In vLLM's own words, which its clients look for.
+        message = (
+            f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load the adapter "
+            "in place, set 'load_inplace' to True."
+        )
         raise ServiceError(ErrorKind.ALREADY_LOADED, message, param="lora_name")
     await load_adapter(engine, access, caller, body.lora_name, body.lora_path, body.base_model_name)
-    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+@vllm_verbs.post("/v1/unload_lora_adapter", response_class=Response, responses=text_answers(200))
 async def unload_lora_adapter(
     body: UnloadLoraRequest, engine: EngineDep, access: AccessDep, caller: WriteAdapters
-) -> str:
+) -> Response:
     """vLLM's verb."""
     await remove_adapter(engine, access, caller, body.lora_name)
-    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 async def load_adapter(

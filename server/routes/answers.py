@@ -5,13 +5,58 @@ tests/server/routes/test_answers.py holds the answers to these models.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.errors import ErrorKind
 
 
 class Answer(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class ErrorDetail(Answer):
+    """`param` names the field at fault, if there is one."""
+
+    message: str
+    type: str
+    param: str | None
+    code: Annotated[str, Field(json_schema_extra={"enum": [kind.code for kind in ErrorKind]})]
+
+
+class ErrorAnswer(Answer):
+    """Every error, in OpenAI's shape."""
+
+    error: ErrorDetail
+
+
+class VllmErrorDetail(Answer):
+    """`code` is the HTTP status."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class VllmError(Answer):
+    """An error in the shape of vLLM."""
+
+    error: VllmErrorDetail
+
+
+class TeiError(Answer):
+    """An error in the shape of text-embeddings-inference."""
+
+    error: str
+    error_type: Literal["Backend", "Overloaded", "Unhealthy", "Validation"]
+
+
+class V2Error(Answer):
+    """An error in the shape of the Open Inference Protocol."""
+
+    error: str
 
 
 Route = list[int | list[int]]

@@ -11,7 +11,7 @@ from server.detokenizer import REPLACEMENT
 from server.generation_schemas import ChatRequest
 from server.routes.access import Infer
 from server.routes.answers import ChatCompletion
-from server.routes.generation import Choice, Generation, Json
+from server.routes.generation import EVENT_STREAM, Choice, Generation, Json
 from server.routes.prepare import prepare
 from server.routes.timing import Stopwatch
 from server.sequence import TokenText, Update
@@ -43,7 +43,9 @@ class ChatShape:
         return _delta(update.sequence.index, content, tokens, update.finish_reason)
 
 
-@router.post("/v1/chat/completions", response_class=Response, responses={200: {"model": ChatCompletion}})
+@router.post(
+    "/v1/chat/completions", response_class=Response, responses={200: EVENT_STREAM | {"model": ChatCompletion}}
+)
 async def create_chat_completion(
     body: ChatRequest, request: Request, engine: EngineDep, caller: Infer
 ) -> Response:

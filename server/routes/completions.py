@@ -10,7 +10,7 @@ from server.deps import EngineDep, check_count, generator
 from server.generation_schemas import CompletionRequest
 from server.routes.access import Infer
 from server.routes.answers import Completion
-from server.routes.generation import Choice, Generation, Json
+from server.routes.generation import EVENT_STREAM, Choice, Generation, Json
 from server.routes.prepare import prepare
 from server.routes.timing import Stopwatch
 from server.sequence import TokenText, Update
@@ -48,7 +48,9 @@ class CompletionShape:
         return self.echoes[index] if self.echoes else ""
 
 
-@router.post("/v1/completions", response_class=Response, responses={200: {"model": Completion}})
+@router.post(
+    "/v1/completions", response_class=Response, responses={200: EVENT_STREAM | {"model": Completion}}
+)
 async def create_completion(
     body: CompletionRequest, request: Request, engine: EngineDep, caller: Infer
 ) -> Response:

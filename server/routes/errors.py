@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from server.errors import ErrorKind, ServiceError, error_of_status
@@ -20,6 +21,23 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_error)
+
+
+def error_answers(
+    model: type[BaseModel], status_of: Callable[[ErrorKind], int] = lambda kind: kind.status
+) -> dict[int | str, dict[str, Any]]:
+    """How the OpenAPI document shows errors of the shape `model`."""
+    statuses = sorted(set(map(status_of, ErrorKind)))
+    answers: dict[int | str, dict[str, Any]] = {}
+    for first in "45":
+        listed = ", ".join(str(status) for status in statuses if str(status).startswith(first))
+        answers[f"{first}XX"] = {"model": model, "description": f"One of {listed}"}
+    return answers
+
+
+def text_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """How the OpenAPI document shows answers in plain text, of routes whose errors are JSON."""
+    return {status: {"content": {"text/plain": {"schema": {"type": "string"}}}} for status in statuses}
 
 
 def answer(error: ServiceError, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -40,6 +58,8 @@ def error_route(spell: Callable[[ServiceError], Response]) -> type[APIRoute]:
                     return spell(error)
                 except RequestValidationError as error:
                     return spell(describe(error))
+                except HTTPException as error:
+                    return spell(error_of_status(error.status_code, error.detail))
 
             return handle_in_shape
 
@@ -79,6 +99,8 @@ def _best(problems: Seq[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def _path(location: Seq[str | int]) -> list[str]:
     """Field names and indices; pydantic's names of the types that it tried are left out."""
+    if location[0] == "header":
+        return [str(location[1])]
     names = [str(part) for part in location[1:] if isinstance(part, int) or part.isidentifier()]
     return [name for name in names if name not in ("str", "int", "float", "bool")]
 

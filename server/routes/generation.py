@@ -28,6 +28,8 @@ from server.tokenization import Prompt
 
 log = logging.getLogger(__name__)
 Json = dict[str, Any]
+EVENT_STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+"""Server-sent events, for a request with `stream`, in the OpenAPI document."""
 
 
 @dataclass

@@ -8,23 +8,24 @@ from fastapi.responses import PlainTextResponse
 from server.deps import EngineDep
 from server.metrics import CONTENT_TYPE
 from server.routes.access import OPEN, ReadMetrics
+from server.routes.errors import text_answers
 
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/livez", response_class=PlainTextResponse, dependencies=[OPEN])
+@router.get("/livez", response_class=Response, responses=text_answers(200, 503), dependencies=[OPEN])
 async def livez(engine: EngineDep) -> Response:
     """200 while the worker runs. 503 means: restart this process."""
     return _probe(engine.alive, "the worker has died")
 
 
-@router.get("/readyz", response_class=PlainTextResponse, dependencies=[OPEN])
+@router.get("/readyz", response_class=Response, responses=text_answers(200, 503), dependencies=[OPEN])
 async def readyz(engine: EngineDep) -> Response:
     """200 while new requests are welcome. 503 means: send them elsewhere."""
     return _probe(engine.ready, "not ready")
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
+@router.get("/metrics", response_class=Response, responses=text_answers(200))
 async def metrics(engine: EngineDep, _: ReadMetrics) -> Response:
     """Metrics for Prometheus."""
     return Response(engine.metrics.render(), media_type=CONTENT_TYPE)

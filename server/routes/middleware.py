@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ErrorKind, ServiceError, internal_error
+from server.errors import ErrorKind, internal_error
 from server.metrics import Metrics
 from server.routes.errors import answer
 from server.routes.timing import route_template
@@ -75,7 +75,10 @@ class Observer:
 
 
 class BodyLimit:
-    """Refuses bodies of more than `max_bytes`: by their header, or else while they are read."""
+    """Refuses bodies of more than `max_bytes`, when they are read: by their header or by what has come.
+
+    So the route that reads one spells the refusal in its own shape.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -87,17 +90,18 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         # The HTTP parser has refused a header that is no number.
-        if int(Headers(scope=scope).get("content-length", "0")) > self._max_bytes:
-            await answer(ServiceError(ErrorKind.TOO_LARGE, self._message))(scope, receive, send)
-            return
+        announced = int(Headers(scope=scope).get("content-length", "0"))
+        too_large = HTTPException(ErrorKind.TOO_LARGE.status, self._message)
         size = 0
 
         async def counted_receive() -> Message:
             nonlocal size
+            if announced > self._max_bytes:
+                raise too_large
             message = await receive()
             size += len(message.get("body", b""))
             if size > self._max_bytes:
-                raise HTTPException(ErrorKind.TOO_LARGE.status, self._message)
+                raise too_large
             return message
 
         await self._app(scope, counted_receive, send)

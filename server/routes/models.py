@@ -10,6 +10,7 @@ from server.base import Base
 from server.deps import EngineDep, find_adapter, visible
 from server.errors import model_not_found
 from server.routes.access import Infer
+from server.schemas import ModelName
 
 router = APIRouter(tags=["models"])
 
@@ -43,7 +44,7 @@ async def list_models(engine: EngineDep, caller: Infer) -> ModelList:
 
 
 @router.get("/v1/models/{model:path}")
-async def get_model(model: str, engine: EngineDep, caller: Infer) -> ModelCard:
+async def get_model(model: ModelName, engine: EngineDep, caller: Infer) -> ModelCard:
     """One base or adapter."""
     if model in engine.bases:
         return base_card(engine.bases[model])

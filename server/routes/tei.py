@@ -26,25 +26,35 @@ from server.deps import (
 )
 from server.errors import ErrorKind, ServiceError
 from server.routes.access import OPEN, Infer
+from server.routes.answers import TeiError
 from server.routes.embeddings import normalized
-from server.routes.errors import error_route
+from server.routes.errors import error_answers, error_route
 from server.routes.prompts import run_prompts
 from server.schemas import ModelName, TeiEmbedRequest, TeiPredictRequest
 from server.sequence import Sequence
 from server.tokenization import TextOrPair
 
-STATUS = {ErrorKind.CONTEXT_LENGTH: 413, ErrorKind.INTERNAL: 424}
+STATUS = {ErrorKind.CONTEXT_LENGTH: 413, ErrorKind.TOO_MANY_INPUTS: 413, ErrorKind.INTERNAL: 424}
 """Where TEI answers with another status than we do; 400 becomes 422."""
+TIMES = ("x-total-time", "x-tokenization-time", "x-queue-time", "x-inference-time")
 ERROR_TYPES = {424: "Backend", 429: "Overloaded", 503: "Unhealthy"}
 
 
+def _status(kind: ErrorKind) -> int:
+    return STATUS.get(kind, 422 if kind.status == 400 else kind.status)
+
+
 def _error(error: ServiceError) -> JSONResponse:
-    status = STATUS.get(error.kind, 422 if error.kind.status == 400 else error.kind.status)
+    status = _status(error.kind)
     body = {"error": error.message, "error_type": ERROR_TYPES.get(status, "Validation")}
     return JSONResponse(body, status, headers=error.headers)
 
 
-router = APIRouter(tags=["text-embeddings-inference"], route_class=error_route(_error))
+router = APIRouter(
+    tags=["text-embeddings-inference"],
+    route_class=error_route(_error),
+    responses=error_answers(TeiError, _status),
+)
 
 
 class Prediction(BaseModel):
@@ -170,11 +180,12 @@ def _model_type(target: Target) -> dict[str, Any]:
 def _compute_headers(
     inputs: list[TextOrPair], sequences: list[Sequence], response: Response
 ) -> dict[str, str]:
-    """What TEI reports of a request beside its times."""
+    """What TEI reports of a request: its times in whole milliseconds, and what it was made of."""
     texts = [text for entry in inputs for text in ([entry] if isinstance(entry, str) else entry)]
-    return {
+    times = {name: str(int(float(response.headers[name]))) for name in TIMES}
+    return times | {
         "x-compute-type": "cpu",
-        "x-compute-time": response.headers["x-total-time"],
+        "x-compute-time": times["x-total-time"],
         "x-compute-characters": str(sum(map(len, texts))),
         "x-compute-tokens": str(sum(len(sequence.token_ids) for sequence in sequences)),
     }

@@ -10,18 +10,18 @@ import json
 from importlib.metadata import version as package_version
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from server.deps import AccessDep, EngineDep, Target, encoder, find_target, visible
 from server.errors import ErrorKind, ServiceError
 from server.routes.access import OPEN, Infer, ReadAdapters, WriteAdapters
 from server.routes.adapters import Name, load_adapter, remove_adapter
-from server.routes.answers import InferResponse
+from server.routes.answers import InferResponse, V2Error
 from server.routes.embeddings import normalized
-from server.routes.errors import error_route
+from server.routes.errors import error_answers, error_route
 from server.routes.prompts import run_prompts
 from server.schemas import Body, ModelName, Source
 from server.sequence import Sequence
@@ -31,15 +31,22 @@ from server.tokenization import TextOrPair
 HEADER_LENGTH = "inference-header-content-length"
 """Of a body with binary tensors: the number of bytes of its JSON."""
 
-B = TypeVar("B", bound=Body)
 Json = dict[str, Any]
+
+NO_BODY: dict[int | str, Json] = {503: {"description": "Not now"}}
+"""The other answer of probes."""
+Version = Annotated[str, Field(max_length=64)]
+"""The hexadecimal digits of a digest."""
+B = TypeVar("B", bound=Body)
 
 
 def _spell(error: ServiceError) -> Response:
     return JSONResponse({"error": error.message}, error.kind.status, headers=error.headers)
 
 
-router = APIRouter(tags=["open-inference-protocol"], route_class=error_route(_spell))
+router = APIRouter(
+    tags=["open-inference-protocol"], route_class=error_route(_spell), responses=error_answers(V2Error)
+)
 
 
 class ServerMetadata(BaseModel):
@@ -100,12 +107,15 @@ class UnloadRequest(Body):
     parameters: UnloadParameters = UnloadParameters()
 
 
-def _documented(body: type[Body], answer: type[BaseModel] | None = None) -> Json:
-    """Shows in the OpenAPI document a body that the handler reads itself, and an answer that it writes."""
+BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+"""JSON and what follows it, in the OpenAPI document."""
+
+
+def _documented(body: type[Body], **other: Json) -> Json:
+    """Shows in the OpenAPI document a body that the handler reads itself, and what else it may be."""
     schema = body.model_json_schema()
-    content = {"application/json": {"schema": _inlined(schema, schema.pop("$defs", {}))}}
-    shown: Json = {"openapi_extra": {"requestBody": {"content": content}}}
-    return shown if answer is None else shown | {"responses": {200: {"model": answer}}}
+    content = {"application/json": {"schema": _inlined(schema, schema.pop("$defs", {}))}, **other}
+    return {"openapi_extra": {"requestBody": {"content": content}}}
 
 
 def _inlined(schema: Any, definitions: Json) -> Any:
@@ -119,7 +129,14 @@ def _inlined(schema: Any, definitions: Json) -> Any:
     return {key: _inlined(value, definitions) for key, value in schema.items()}
 
 
-def _target(engine: EngineDep, caller: Infer, model: ModelName, version: str | None = None) -> Target:
+INFERENCE: Json = {
+    "responses": {200: {"model": InferResponse, "content": BINARY}},
+    **_documented(InferRequest, **BINARY),
+}
+HeaderLength = Annotated[str | None, Header(alias=HEADER_LENGTH, max_length=20)]
+
+
+def _target(engine: EngineDep, caller: Infer, model: ModelName, version: Version | None = None) -> Target:
     """What can be inferred with. Raises ServiceError, 404 for a version that is not there (any more)."""
     target = find_target(engine, caller, model)
     if not target.classifies:
@@ -139,21 +156,21 @@ async def server_metadata() -> ServerMetadata:
     return ServerMetadata(version=package_version("molex-serve"))
 
 
-@router.get("/v2/health/live", response_class=Response, dependencies=[OPEN])
+@router.get("/v2/health/live", response_class=Response, responses=NO_BODY, dependencies=[OPEN])
 async def live(engine: EngineDep) -> Response:
     """200 while the worker runs."""
     return Response(status_code=200 if engine.alive else 503)
 
 
-@router.get("/v2/health/ready", response_class=Response, dependencies=[OPEN])
+@router.get("/v2/health/ready", response_class=Response, responses=NO_BODY, dependencies=[OPEN])
 async def ready(engine: EngineDep) -> Response:
     """200 while new requests are welcome."""
     return Response(status_code=200 if engine.ready else 503)
 
 
 # A name may have a slash: what comes after it is to be tried before the name alone.
-@router.get("/v2/models/{model:path}/ready", response_class=Response)
-@router.get("/v2/models/{model:path}/versions/{version}/ready", response_class=Response)
+@router.get("/v2/models/{model:path}/ready", response_class=Response, responses=NO_BODY)
+@router.get("/v2/models/{model:path}/versions/{version}/ready", response_class=Response, responses=NO_BODY)
 async def model_ready(_: TargetDep, engine: EngineDep) -> Response:
     """200 while requests for the model are welcome."""
     return await ready(engine)
@@ -175,11 +192,13 @@ async def model_metadata(target: TargetDep) -> ModelMetadata:
     )
 
 
-@router.post("/v2/models/{model:path}/infer", **_documented(InferRequest, InferResponse))
-@router.post("/v2/models/{model:path}/versions/{version}/infer", **_documented(InferRequest, InferResponse))
-async def infer(target: TargetDep, request: Request, engine: EngineDep) -> Response:
+@router.post("/v2/models/{model:path}/infer", **INFERENCE)
+@router.post("/v2/models/{model:path}/versions/{version}/infer", **INFERENCE)
+async def infer(
+    target: TargetDep, request: Request, engine: EngineDep, json_length: HeaderLength = None
+) -> Response:
     """Classify or embed the BYTES tensor `text`; of pairs, `text_pair` has the second texts."""
-    text, binary = _without_binary(await request.body(), request.headers.get(HEADER_LENGTH))
+    text, binary = _without_binary(await request.body(), json_length)
     body = _parse(InferRequest, text)
     headers = Response()
     inputs = _inputs(read_texts(body.inputs, binary), target)

@@ -20,11 +20,12 @@ from server.generation_schemas import (
 )
 from server.routes.access import OPEN, Infer
 from server.routes.prompts import run_prompts
+from server.routes.vllm_errors import VLLM_ERRORS
 from server.schemas import VllmClassifyRequest
 from server.sequence import Sequence
 from server.tokenization import Tokenization
 
-router = APIRouter(tags=["vllm"])
+router = APIRouter(tags=["vllm"], **VLLM_ERRORS)
 
 
 class VllmClassification(BaseModel):

@@ -177,6 +177,8 @@ def test_every_draw_is_a_token(values, temperature, top_p, top_k):
         ("presence_penalty", math.inf),
         ("frequency_penalty", math.nan),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-110),
+        ("repetition_penalty", math.nan),
         ("logit_bias", {3: math.nan}),
         ("stop", ("",)),
         ("logprobs", -1),

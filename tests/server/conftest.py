@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,23 @@ class Live:
 
     def chat(self, **body: Any) -> httpx.Response:
         return self.post("/v1/chat/completions", body)
+
+    def load(self, name: str, source: str, **body: Any) -> httpx.Response:
+        """Load an adapter, or replace the one of this name, and wait until it is served or refused."""
+        return self.http.put(f"/v1/adapters/{name}", json={"source": source} | body)
+
+    def unload(self, name: str) -> httpx.Response:
+        return self.http.delete(f"/v1/adapters/{name}")
+
+    def send(self, path: str, body: Any, *, cut: int = 0) -> socket.socket:
+        """Send a request, without its last `cut` bytes, for a client that will not wait for the answer."""
+        content = json.dumps(body)
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        request = f"{head}content-length: {len(content)}\r\n\r\n{content}".encode()
+        url = httpx.URL(self.url)
+        connection = socket.create_connection((url.host, url.port))
+        connection.sendall(request[: len(request) - cut])
+        return connection
 
     def metrics(self) -> dict[str, float]:
         """Every sample of /metrics by its name and labels, as they are printed."""

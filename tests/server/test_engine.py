@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -36,16 +35,6 @@ def idle(live) -> bool:
 def all_free(live) -> bool:
     runner = live.engine.bases["dec"].runner
     return runner.num_free_pages == runner.num_pages
-
-
-def send(live, body: dict) -> socket.socket:
-    """Ask for a completion and return the connection, for a client that will not wait for the answer."""
-    content = json.dumps(body)
-    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-    url = httpx.URL(live.url)
-    connection = socket.create_connection((url.host, url.port))
-    connection.sendall(f"{head}content-length: {len(content)}\r\n\r\n{content}".encode())
-    return connection
 
 
 def waiting(live, base: str) -> float:
@@ -195,7 +184,7 @@ def test_leaving_a_stream_frees_its_pages(live, brake):
 @pytest.mark.parametrize("stream", [False, True])
 def test_leaving_before_the_first_token_drops_the_work(live, brake, stream):
     held = brake(live, "dec")
-    with send(live, {"model": "writer", "prompt": "w1 w2", "stream": stream, **LONG}):
+    with live.send("/v1/completions", {"model": "writer", "prompt": "w1 w2", "stream": stream, **LONG}):
         held.until(lambda: len(held.batches) == 1)
     [sequence] = held.batches[0]
     held.until(lambda: sequence.cancelled)
@@ -339,7 +328,8 @@ def test_a_long_prompt_runs_beside_decoding_and_can_be_left(settings, start, thr
     held = brake(live, "dec")
     decoding = threads.submit(live.complete, model="poet", prompt="w1", **LONG)
     held.until(lambda: len(held.batches) == 1)
-    connection = send(live, {"model": "writer", "prompt": " ".join(["w1"] * 80), "max_tokens": 2})
+    body = {"model": "writer", "prompt": " ".join(["w1"] * 80), "max_tokens": 2}
+    connection = live.send("/v1/completions", body)
     held.until(lambda: waiting(live, "dec") == 1)
     parts = []
     original = held._run

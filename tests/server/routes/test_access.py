@@ -136,7 +136,9 @@ def test_a_route_refuses_who_has_no_good_key(guarded, method, path, key):
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == "Bearer"
     expected = "missing_api_key" if key is None else "invalid_api_key"
-    assert expected in answer.text or "API key" in answer.json()["error"]
+    error = answer.json()["error"]
+    # Two dialects have no codes, vLLM's are numbers.
+    assert "API key" in error if isinstance(error, str) else error["code"] in (expected, 401)
 
 
 @pytest.mark.parametrize(("method", "path"), GUARDED)
@@ -167,7 +169,7 @@ def test_the_first_listener_has_nothing_private(guarded, method, path):
     if needed(method, path) in PRIVATE:
         assert answer.status_code == 404
         assert "Not Found:" in answer.text
-        assert path.startswith("/v2/") or answer.json()["error"]["code"] == "not_found"
+        assert path.startswith("/v2/") or answer.json()["error"]["code"] in ("not_found", 404)
     else:
         assert "Not Found:" not in answer.text
 

@@ -101,9 +101,20 @@ def test_vllms_verbs(live):
     assert loaded.text == "Success: LoRA adapter 'lora' added successfully."
     again = live.post("/v1/load_lora_adapter", load)
     assert again.status_code == 400
-    assert again.json()["error"]["code"] == "already_loaded"
+    message = again.json()["error"].pop("message")
+    assert message.startswith("The lora adapter 'lora' has already been loaded.")
+    assert again.json()["error"] | {"message": ""} == {
+        "message": "",
+        "type": "InvalidUserInput",
+        "param": "lora_name",
+        "code": 400,
+    }
+    nowhere = live.post("/v1/load_lora_adapter", load | {"lora_name": "other", "lora_path": "nowhere"})
+    assert (nowhere.status_code, nowhere.json()["error"]["type"]) == (404, "NotFoundError")
     assert live.post("/v1/load_lora_adapter", load | {"load_inplace": True}).status_code == 200
     assert live.classify(model="lora", input="w1").status_code == 200
     gone = live.post("/v1/unload_lora_adapter", {"lora_name": "lora"})
     assert gone.text == "Success: LoRA adapter 'lora' removed successfully."
-    assert live.post("/v1/unload_lora_adapter", {"lora_name": "lora"}).status_code == 404
+    missing = live.post("/v1/unload_lora_adapter", {"lora_name": "lora"})
+    assert missing.status_code == missing.json()["error"]["code"] == 404
+    assert missing.json()["error"]["type"] == "NotFoundError"

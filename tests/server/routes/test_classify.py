@@ -108,7 +108,7 @@ def test_models_that_cannot_classify_are_refused(live, model, status, code, word
         ({"model": "mood", "input": 3}, "input", "string"),
         ({"model": "mood", "input": ["w1"] * 33}, "input", "the limit is 32"),
         ({"model": "mood", "input": [["a", "b", "c"]]}, "input", "at most 2"),
-        ({"model": "mood", "input": "\ud800"}, "input", "surrogate"),
+        ({"model": "mood", "input": "\ud800"}, "input", "unicode"),
         ({"model": "mood", "input": ["w1", " ".join(["w1"] * 200)]}, "input.1", "201 tokens"),
         ({"model": "mood", "input": "w1", "truncate": True}, "truncate", "unsupported parameter"),
         ({"model": "mood", "input": "w1", "return_routes": "yes"}, "return_routes", "boolean"),

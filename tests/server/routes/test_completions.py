@@ -290,6 +290,7 @@ def test_neutral_values_that_clients_send_are_accepted(live):
         ({"presence_penalty": 2.5}, "presence_penalty", "2"),
         ({"frequency_penalty": -2.5}, "frequency_penalty", "-2"),
         ({"repetition_penalty": 0}, "repetition_penalty", "0"),
+        ({"repetition_penalty": 1e-110}, "repetition_penalty", "0.01"),
         ({"min_p": 1.5}, "min_p", "1"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "100"),
         ({"logit_bias": {"five": 1}}, "logit_bias", "pattern"),
