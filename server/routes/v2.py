@@ -119,7 +119,7 @@ def _inlined(schema: Any, definitions: Json) -> Any:
     return {key: _inlined(value, definitions) for key, value in schema.items()}
 
 
-def _target(engine: EngineDep, caller: Infer, model: ModelName, version: str | None = None) -> Target:
+async def _target(engine: EngineDep, caller: Infer, model: ModelName, version: str | None = None) -> Target:
     """What can be inferred with. Raises ServiceError, 404 for a version that is not there (any more)."""
     target = find_target(engine, caller, model)
     if not target.classifies:
