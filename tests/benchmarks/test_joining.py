@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.joining import Cohort, Joined
@@ -28,6 +28,7 @@ def adapters(model):
     return [random_adapter(model.spec, seed=n, molex=molex) for n, molex in enumerate(mixtures)]
 
 
+@settings(max_examples=25)
 @given(cohorts=st.lists(COHORT, min_size=1, max_size=4))
 @torch.no_grad()
 def test_answers_are_those_of_plain_batches(cohorts, model, adapters):
