@@ -22,18 +22,22 @@ T = TypeVar("T")
 DIGEST_HEADER = "x-adapter-digest"
 
 
-def _engine(request: Request) -> Engine:
-    engine: Engine = request.app.state.engine
-    return engine
-
-
 def access_of(request: Request) -> Access:
     access: Access = request.app.state.access
     return access
 
 
+async def _engine(request: Request) -> Engine:
+    engine: Engine = request.app.state.engine
+    return engine
+
+
+async def _access(request: Request) -> Access:
+    return access_of(request)
+
+
 EngineDep = Annotated[Engine, Depends(_engine)]
-AccessDep = Annotated[Access, Depends(access_of)]
+AccessDep = Annotated[Access, Depends(_access)]
 
 
 @dataclass(frozen=True)

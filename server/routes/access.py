@@ -5,8 +5,9 @@ A handler asks for its caller, `caller: Infer`; one that lets everybody in has `
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncIterator, Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.dependencies.models import Dependant
@@ -19,7 +20,7 @@ from starlette.types import Scope as AsgiScope
 from server.auth.access import Access
 from server.auth.caller import Caller
 from server.catalogue.records import Scope
-from server.deps import AccessDep
+from server.deps import access_of
 from server.errors import ErrorKind, ServiceError, error_of_status
 
 BEARER = HTTPBearer(auto_error=False, description="An API key, where the server has a catalogue of tenants.")
@@ -34,8 +35,9 @@ class Needs:
         self.scope = scope
 
     async def __call__(
-        self, request: Request, access: AccessDep, _: Annotated[object, Depends(BEARER)]
+        self, request: Request, _: Annotated[object, Depends(BEARER)]
     ) -> AsyncIterator[Caller]:
+        access = access_of(request)
         if not access.answers(self.scope, request.scope["server"][1]):
             raise error_of_status(404, f"Not Found: {request.method} {request.url.path}")
         caller: Caller | ServiceError = request.state.caller
@@ -51,7 +53,7 @@ class Needs:
             yield caller
 
 
-def _let_in() -> None:
+async def _let_in() -> None:
     """Everybody."""
 
 
@@ -64,10 +66,17 @@ Administer = Annotated[Caller, Depends(Needs(Scope.ADMIN))]
 
 
 def register(app: FastAPI, router: APIRouter) -> None:
-    """Add a module's routes to the application. Raises TypeError for one that declares nothing."""
+    """Add a module's routes to the application.
+
+    Raises TypeError for one that declares nothing, and for a dependency that is not async: FastAPI would run
+    it on a thread of its own, which takes longer than what dependencies do.
+    """
     for route in router.routes:
         if not isinstance(route, APIRoute) or not any(map(_decides, _dependencies(route.dependant))):
             raise TypeError(f"{getattr(route, 'path', route)} declares neither a scope nor OPEN")
+        for dependency in _dependencies(route.dependant):
+            if not _is_async(dependency.call):
+                raise TypeError(f"{route.path}: the dependency {dependency.call} is not async")
     app.include_router(router)
 
 
@@ -79,6 +88,11 @@ def _dependencies(dependant: Dependant) -> Iterator[Dependant]:
 
 def _decides(dependency: Dependant) -> bool:
     return dependency.call is _let_in or isinstance(dependency.call, Needs)
+
+
+def _is_async(call: Any) -> bool:
+    function = call if inspect.isfunction(call) else type(call).__call__
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
 class Authentication:

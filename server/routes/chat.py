@@ -54,15 +54,10 @@ async def create_chat_completion(
     target = generator(engine, caller, body.model)
     generation = Generation(body, target, ChatShape(), watch, engine, request)
     tokenization = target.base.tokenization
-    adapter, prompt = await prepare(
-        engine,
-        target,
-        watch,
-        tokenization.encode_chat,
-        body.conversation,
-        reserve=body.limit or 1,
-        **body.template_options,
+    encoding = engine.in_pool(
+        tokenization.encode_chat, body.conversation, reserve=body.limit or 1, **body.template_options
     )
+    adapter, prompt = await prepare(engine, target, watch, encoding)
     limit = body.limit or tokenization.max_length - len(prompt.token_ids)
     return await generation.respond(adapter, [prompt], body.num_logprobs, limit)
 

@@ -60,7 +60,8 @@ async def create_completion(
     target = generator(engine, caller, body.model)
     limit = body.max_tokens or DEFAULT_MAX_TOKENS
     tokenization = target.base.tokenization
-    adapter, prompts = await prepare(engine, target, watch, _encode, tokenization, body.prompts, limit)
+    encoding = engine.in_pool(_encode, tokenization, body.prompts, limit)
+    adapter, prompts = await prepare(engine, target, watch, encoding)
     echoes = await engine.in_pool(_echoes, tokenization, body) if body.echo else []
     generation = Generation(body, target, CompletionShape(echoes), watch, engine, request)
     return await generation.respond(adapter, prompts, body.logprobs, limit)

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from molex.adapter import Adapter
 from server.deps import Target
 from server.engine import Engine
 from server.routes.timing import Stopwatch
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
 async def prepare(
-    engine: Engine,
-    target: Target,
-    watch: Stopwatch,
-    encode: Callable[P, T],
-    *args: P.args,
-    **kwargs: P.kwargs,
+    engine: Engine, target: Target, watch: Stopwatch, encoding: Awaitable[T]
 ) -> tuple[Adapter, T]:
-    """The weights of the target, and what `encode` makes on a pool thread while they load, if they have to.
+    """The weights of the target, and the tokens of `encoding`, which come while the weights load.
 
     Raises ServiceError.
     """
     load = engine.loader.begin(target.served)
-    encoded = await engine.in_pool(encode, *args, **kwargs)
+    encoded = await encoding
     watch.tokenization_done()
     adapter = await asyncio.shield(load)
     watch.loading_done()

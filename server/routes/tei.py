@@ -84,15 +84,15 @@ class Info(BaseModel):
 
 
 # One declaration for both places of the name: in the path where the path has it, else in the query.
-def _classifier(engine: EngineDep, caller: Infer, model: ModelName | None = None) -> Target:
+async def _classifier(engine: EngineDep, caller: Infer, model: ModelName | None = None) -> Target:
     return classifier(engine, caller, model or only_classifier(engine, caller))
 
 
-def _encoder(engine: EngineDep, caller: Infer, model: ModelName | None = None) -> Target:
+async def _encoder(engine: EngineDep, caller: Infer, model: ModelName | None = None) -> Target:
     return encoder(engine, caller, model or only(encoders(engine)))
 
 
-def _either(engine: EngineDep, caller: Infer, model: ModelName | None = None) -> Target:
+async def _either(engine: EngineDep, caller: Infer, model: ModelName | None = None) -> Target:
     target = find_target(engine, caller, model or only(classifiers(engine, caller) or encoders(engine)))
     return target if target.classifies else encoder(engine, caller, target.name)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from pydantic import SecretStr
 
 from server.app import create_app
@@ -20,6 +20,7 @@ from server.catalogue.catalogue import Catalogue
 from server.catalogue.database import migrate
 from server.catalogue.records import Scope
 from server.catalogue.url import parse_url
+from server.routes.access import OPEN as LET_IN
 from server.routes.access import register
 from tests.server.conftest import PEPPER, Live, live_server
 
@@ -264,6 +265,20 @@ def test_a_route_that_declares_nothing_is_not_registered():
         """A route without a scope."""
 
     with pytest.raises(TypeError, match="/forgotten declares neither a scope nor OPEN"):
+        register(FastAPI(), router)
+
+
+def test_a_route_with_a_dependency_that_would_run_on_a_thread_is_not_registered():
+    router = APIRouter()
+
+    def slow() -> None:
+        """A plain function."""
+
+    @router.get("/slow", dependencies=[LET_IN, Depends(slow)])
+    async def answer() -> None:
+        """A route for everybody."""
+
+    with pytest.raises(TypeError, match=r"/slow: the dependency .*slow.* is not async"):
         register(FastAPI(), router)
 
 
