@@ -4,7 +4,6 @@ import hashlib
 from itertools import pairwise
 
 import pytest
-import torch
 
 from molex.train.arguments import TrainArguments
 from molex.train.checkpoint import checkpoint_folders
