@@ -124,8 +124,8 @@ class StockLayers:
 
     def project(self, stage: Stage, numbers: Sequence[int], hidden: Tensor) -> Tensor:
         calls = zip(numbers, stage.read(hidden), stage.active, stage.counts, strict=True)
-        pieces = [self._project(number, x, lora)[:count] for number, x, lora, count in calls]
-        return pieces[0] if len(pieces) == 1 else torch.cat([piece.to(self.dtype) for piece in pieces])
+        pieces = [self._project(number, x, lora)[:count].to(self.dtype) for number, x, lora, count in calls]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def finish(
         self, stage: Stage, numbers: Sequence[int], hidden: Tensor, attended: Tensor

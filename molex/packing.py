@@ -35,8 +35,9 @@ def ranges(starts: Indices, lengths: Indices, rows: Indices | None = None) -> In
 
 def starts_of_runs(values: Indices) -> Indices:
     """The places of the first of equal neighbours."""
-    differs = np.concatenate([[True], values[1:] != values[:-1]])
-    return np.flatnonzero(differs[: len(values)])
+    differs = np.ones(len(values), dtype=bool)
+    np.not_equal(values[1:], values[:-1], out=differs[1:])
+    return differs.nonzero()[0]
 
 
 @dataclass(frozen=True)

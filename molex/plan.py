@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
@@ -30,8 +31,11 @@ class RoutePlan:
     def groups(self) -> list[tuple[int, Indices, Indices]]:
         """Each routed layer with its requests and which choice of theirs it is."""
         starts = starts_of_runs(self.layers)
-        pieces = (np.split(values, starts[1:]) for values in (self.requests, self.choices))
-        return list(zip(self.layers[starts].tolist(), *pieces, strict=False))
+        bounds = pairwise([*starts.tolist(), len(self.layers)])
+        return [
+            (layer, self.requests[start:end], self.choices[start:end])
+            for layer, (start, end) in zip(self.layers[starts].tolist(), bounds, strict=True)
+        ]
 
 
 _NOBODY = np.empty(0, dtype=np.int64)

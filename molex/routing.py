@@ -105,7 +105,7 @@ class Router:
         self.balance_losses: list[Tensor] = []
         self._is_pinned = np.array([route is not None for route in pinned])
         self._choices: list[list[Choice]] = [[] for _ in range(len(packed))]
-        self._electorates: dict[bytes, list[_Electorate]] = {}
+        self._electorates: dict[tuple[bool, ...], list[_Electorate]] = {}
         self._pairs = self._pair_table()
 
     def _pair_table(self) -> list[tuple[Tensor, Tensor]]:
@@ -133,12 +133,10 @@ class Router:
 
     def plan(self, depth: int, hidden: Tensor) -> RoutePlan:
         """Decide a depth from its input, [n, d] or longer."""
-        mixes = np.array([depth in adapter.gates for adapter in self.adapters])
-        mixing = mixes[self.packed.members]
-        if not mixing.any():
+        mixes = tuple(depth in adapter.gates for adapter in self.adapters)
+        if not any(mixes):
             return NO_ROUTES
-        electorates = self._electorates_of(np.flatnonzero(mixing & ~self._is_pinned))
-        visits = [self._vote(electorate, depth, hidden) for electorate in electorates]
+        visits = [self._vote(electorate, depth, hidden) for electorate in self._electorates_of(mixes)]
         if depth in self._followed:
             visits.append(self._followed[depth])
         return self._plan(depth, visits)
@@ -174,17 +172,16 @@ class Router:
         shares = torch.tensor(weights, dtype=torch.float64, device=self.packed.device)
         return _Visits(np.array(requests), np.array(layers), np.array(choices), shares)
 
-    def _electorates_of(self, voting: Indices) -> list[_Electorate]:
-        """The voting requests by voting rule; the same at every depth where the same requests vote."""
-        key = voting.tobytes()
-        if key not in self._electorates:
+    def _electorates_of(self, mixes: tuple[bool, ...]) -> list[_Electorate]:
+        """The requests that vote where these adapters mix, by voting rule."""
+        if mixes not in self._electorates:
             by_rule: dict[tuple[VoteConfig, int, str], list[int]] = defaultdict(list)
-            for i in voting.tolist():
+            for i in np.flatnonzero(np.array(mixes)[self.packed.members] & ~self._is_pinned).tolist():
                 molex = self.adapters[self.packed.members[i]].molex
                 assert molex is not None
                 by_rule[molex.vote, molex.top_k, molex.gate_gradient].append(i)
-            self._electorates[key] = [self._electorate(np.array(requests)) for requests in by_rule.values()]
-        return self._electorates[key]
+            self._electorates[mixes] = [self._electorate(np.array(requests)) for requests in by_rule.values()]
+        return self._electorates[mixes]
 
     def _electorate(self, requests: Indices) -> _Electorate:
         voters, members = self.voters[requests], self.packed.members[requests]

@@ -115,8 +115,8 @@ class NativeLayers:
         return rows
 
     def compiled_sizes(self, max_rows: int) -> Sequence[int]:
-        """The kernels pad blocks of rows to multiples of 8 themselves."""
-        sizes = [1, 2, 3, 4, *range(8, LARGEST_BLOCK + 1, 8)]
+        """The kernels pad blocks of rows to multiples of 4 themselves."""
+        sizes = [1, 2, 3, *range(4, LARGEST_BLOCK + 1, 4)]
         return [size for size in sizes if size <= max_rows]
 
     def project(self, stage: Stage, numbers: Sequence[int], hidden: Tensor) -> Tensor:

@@ -136,7 +136,9 @@ INFERENCE: Json = {
 HeaderLength = Annotated[str | None, Header(alias=HEADER_LENGTH, max_length=20)]
 
 
-async def _target(engine: EngineDep, caller: Infer, model: ModelName, version: Version | None = None) -> Target:
+async def _target(
+    engine: EngineDep, caller: Infer, model: ModelName, version: Version | None = None
+) -> Target:
     """What can be inferred with. Raises ServiceError, 404 for a version that is not there (any more)."""
     target = find_target(engine, caller, model)
     if not target.classifies:

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "huge_pages.h"
 #include "layers.h"
 #include "vocabulary.h"
 
@@ -41,6 +42,7 @@ struct PackedLayers : torch::CustomClassHolder {
     Layer layer{linear_of(linears.at(0), inputs.at(0)), linear_of(linears.at(1), inputs.at(1)),
                 linear_of(linears.at(2), inputs.at(2)), linear_of(linears.at(3), inputs.at(3)),
                 norm_of(norms.at(0)),  norm_of(norms.at(1))};
+    move_to_huge_pages({&layer.project.weights, &layer.join.weights, &layer.up.weights, &layer.down.weights});
     bfloat16_ ? narrow_.add(std::move(layer)) : wide_.add(std::move(layer));
   }
 

@@ -74,23 +74,32 @@ void normalize(const float* x, T* y, int64_t n, const Norm& norm) {
   }
 }
 
-// One row [n] as unsigned bytes q, where x ≈ scale · (q − 128); returns the scale.
-// It is NaN where a value is not finite, so that what is wrong with a row stays visible.
+// What a row of unsigned bytes q stands for: x ≈ scale · (q − zero).
+struct Rounding {
+  float scale;
+  int32_t zero;
+};
+
+// Round one row [n] to bytes that reach from its smallest value, or 0, to its largest, or 0: what an activation
+// returns lies nearly all on one side. The scale is NaN where a value is not finite, so that what is wrong with a
+// row stays visible.
 template <class T>
-float quantize(const T* x, uint8_t* q, int64_t n) {
-  float largest = 0.0f, poison = 0.0f;
-#pragma omp simd reduction(max : largest) reduction(+ : poison)
+Rounding quantize(const T* x, uint8_t* q, int64_t n) {
+  float least = 0.0f, most = 0.0f, poison = 0.0f;
+#pragma omp simd reduction(min : least) reduction(max : most) reduction(+ : poison)
   for (int64_t i = 0; i < n; ++i) {
     const float value = static_cast<float>(x[i]);
-    const float size = std::fabs(value);
-    largest = size > largest ? size : largest;
+    least = value < least ? value : least;
+    most = value > most ? value : most;
     poison += value * 0.0f;
   }
-  const float scale = largest / 127.0f, inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-  for (int64_t i = 0; i < n; ++i)
-    q[i] = static_cast<uint8_t>(
-        static_cast<int32_t>(std::floor(static_cast<float>(x[i]) * inverse + 128.5f)));
-  return scale + poison;
+  const float range = most - least, inverse = range > 0.0f ? 255.0f / range : 0.0f;
+  const float zero = std::floor(0.5f - least * inverse);
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = std::floor(static_cast<float>(x[i]) * inverse + (zero + 0.5f));
+    q[i] = static_cast<uint8_t>(static_cast<int32_t>(value < 255.0f ? value : 255.0f));
+  }
+  return {range / 255.0f + poison, static_cast<int32_t>(zero)};
 }
 
 }  // namespace molex

@@ -57,7 +57,8 @@ struct Linear {
     return type == c10::CppTypeToScalarType<T>::value ? Weights::kSame : Weights::kOther;
   }
 
-  at::Tensor weights, bias, scales, offsets;
+  at::Tensor weights, bias, scales;
+  at::Tensor sums;  // of the 8-bit weights of each column [tiles · kTile]
   std::vector<std::vector<Piece>> pieces;  // of each tile
   std::vector<int64_t> sites;
   int64_t inputs = 0;
@@ -66,9 +67,8 @@ struct Linear {
 inline Linear::Linear(
     at::Tensor weights_, at::Tensor bias_, at::Tensor scales_, const at::Tensor& pieces_, int64_t inputs_)
     : weights(std::move(weights_)), bias(std::move(bias_)), scales(std::move(scales_)), inputs(inputs_) {
-  // Rows are shifted by 128 to be unsigned: what that adds to each column is taken off again.
   if (weights.scalar_type() == at::kChar)
-    offsets = weights.view({tiles(), stride() / 4, kTile, 4}).sum({1, 3}, false, at::kInt).mul_(128).contiguous();
+    sums = weights.view({tiles(), stride() / 4, kTile, 4}).sum({1, 3}, false, at::kInt).contiguous();
   pieces.resize(tiles());
   auto given = pieces_.accessor<int64_t, 2>();
   for (int64_t i = 0; i < given.size(0); ++i) {
@@ -86,7 +86,7 @@ struct Operand {
     if (static_cast<int64_t>(values.size()) < max_rows * stride) values.resize(max_rows * stride);
     if (static_cast<int64_t>(others.size()) < max_rows * stride) others.resize(max_rows * stride);
     if (static_cast<int64_t>(bytes.size()) < max_rows * stride) bytes.resize(max_rows * stride);
-    if (static_cast<int64_t>(scales.size()) < max_rows) scales.resize(max_rows);
+    if (static_cast<int64_t>(roundings.size()) < max_rows) roundings.resize(max_rows);
   }
   T* row(int64_t i) { return values.data() + i * stride; }
   const T* row(int64_t i) const { return values.data() + i * stride; }
@@ -94,7 +94,7 @@ struct Operand {
   // Row i as weights of that kind multiply it.
   void convert(int64_t i, Weights kind) {
     if (kind == Weights::kInt8)
-      scales[i] = quantize(row(i), bytes.data() + i * stride, columns);
+      roundings[i] = quantize(row(i), bytes.data() + i * stride, columns);
     else if (kind == Weights::kOther)
       std::copy(row(i), row(i) + stride, others.data() + i * stride);
   }
@@ -103,11 +103,11 @@ struct Operand {
   std::vector<T> values;
   std::vector<Other<T>> others;  // the values as a product wants them, if not as they are
   std::vector<uint8_t> bytes;
-  std::vector<float> scales;
+  std::vector<Rounding> roundings;
 };
 
 // A kernel is compiled for each number of rows: a few numbers have to do.
-inline int64_t padded_rows(int64_t rows) { return rows <= 4 ? rows : (rows + 7) / 8 * 8; }
+inline int64_t padded_rows(int64_t rows) { return rows <= 4 ? rows : (rows + 3) / 4 * 4; }
 
 template <class T>
 void wide_product(const Linear& linear, const std::vector<T>& x, int64_t m, int64_t tile, float* c) {
@@ -126,12 +126,14 @@ void tile_product(const Linear& linear, const Operand<T>& x, int64_t rows, int64
   auto* sums = reinterpret_cast<int32_t*>(c);
   const auto* w = reinterpret_cast<const signed char*>(linear.weights.const_data_ptr<int8_t>()) + tile * k * kTile;
   at::native::cpublas::brgemm(m, kTile, k, x.stride, kTile, kTile, false, x.bytes.data(), w, sums, true);
-  const int32_t* offset = linear.offsets.const_data_ptr<int32_t>() + tile * kTile;
+  const int32_t* column = linear.sums.const_data_ptr<int32_t>() + tile * kTile;
   const float* scale = linear.scales.const_data_ptr<float>() + tile * kTile;
-  for (int64_t r = 0; r < rows; ++r)
+  for (int64_t r = 0; r < rows; ++r) {
+    // Where a byte stands for 0 it is not 0: what that adds to a column is taken off again.
+    const auto [row_scale, zero] = x.roundings[r];
     for (int64_t j = 0; j < kTile; ++j)
-      c[r * kTile + j] =
-          static_cast<float>(sums[r * kTile + j] - offset[j]) * (x.scales[r] * scale[j]);
+      c[r * kTile + j] = static_cast<float>(sums[r * kTile + j] - zero * column[j]) * (row_scale * scale[j]);
+  }
 }
 
 // Multiply the block's rows x with a layer's weights, add bias and low-rank updates, and call

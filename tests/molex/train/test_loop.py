@@ -4,12 +4,12 @@ import hashlib
 from itertools import pairwise
 
 import pytest
-import torch
 
 from molex.train.arguments import TrainArguments
 from molex.train.checkpoint import checkpoint_folders
 from molex.train.loop import Listener, TrainingError, learning_rate_factor
-from molex.train.recipe import train_adapter
+from molex.train.recipe import load_base, train_adapter
+from tests.tiny import tiny_base
 
 MOLEX = {"method": "molex", "alpha": 0.6}
 
@@ -67,12 +67,9 @@ def test_learns_to_complete(decoder, prompt_files, tmp_path, method):
     assert record["metrics"]["perplexity"] < 10
 
 
-def test_bfloat16_base_with_float32_adapter(encoder, labelled_files, tmp_path):
-    encoder.model.backbone._base.to(torch.bfloat16)
-    try:
-        record = train_adapter(arguments(labelled_files, tmp_path, dtype="bfloat16"), encoder)
-    finally:
-        encoder.model.backbone._base.to(torch.float32)
+def test_bfloat16_base_with_float32_adapter(labelled_files, tmp_path):
+    encoder = load_base(str(tiny_base("roberta", tmp_path / "base")), "bfloat16")
+    record = train_adapter(arguments(labelled_files, tmp_path / "run", dtype="bfloat16"), encoder)
     assert record["metrics"]["accuracy"] == 1.0
 
 
