@@ -11,7 +11,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 READY   := $(VENV)/.installed
-SOURCES := $(wildcard molex server scripts examples benchmarks loadtests)
+SOURCES := $(wildcard molex molex_client server scripts examples benchmarks loadtests)
 
 # Threads of torch and of the tests would otherwise fight over the same cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1

@@ -21,7 +21,16 @@ from server.settings import Settings
 
 TEXT = README.read_text(encoding="utf-8")
 EXAMPLES = examples(TEXT)
-MAPPED_FOLDERS = ("molex", "server", "benchmarks", "loadtests", "examples", "scripts", "deploy")
+MAPPED_FOLDERS = (
+    "molex",
+    "molex_client",
+    "server",
+    "benchmarks",
+    "loadtests",
+    "examples",
+    "scripts",
+    "deploy",
+)
 VOLATILE = ("id", "created", "text", "content")
 """Fields that change from run to run, or with the rounding of the CPU."""
 PROBABILITY_TOLERANCE = 0.02
