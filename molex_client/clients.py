@@ -154,6 +154,8 @@ def _options(url: str, key: str | None, timeout: float) -> dict[str, Any]:
         base_url = httpx.URL(url)
     except httpx.InvalidURL as error:
         raise ValueError(f"{url!r} is no URL: {error}") from error
+    if base_url.userinfo:
+        raise ValueError("the URL has a user name in it: servers want an API key instead")
     if base_url.scheme not in ("http", "https") or not base_url.host:
         raise ValueError(f"{url!r} is no URL of a server: it begins with http:// or https://")
     key = key or os.environ.get(KEY_VARIABLE)
