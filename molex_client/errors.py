@@ -151,7 +151,8 @@ def failure(error: httpx.HTTPError) -> ConnectionFailedError:
     kind = TimedOutError if isinstance(error, httpx.TimeoutException) else ConnectionFailedError
     what = "no answer in time" if kind is TimedOutError else "the connection failed"
     detail = f": {error}" if str(error) else ""
-    return kind(f"{what} ({type(error).__name__}{detail})", sent=not unsent)
+    where = f"{error.request.method} {error.request.url}"
+    return kind(f"{where}: {what} ({type(error).__name__}{detail})", sent=not unsent)
 
 
 def _spelled(kind: type[ApiError], words: Mapping[str, str], otherwise: str) -> ApiError:
