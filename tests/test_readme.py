@@ -139,6 +139,7 @@ def test_every_http_route_is_listed():
         "README.md",
         "examples/README.md",
         "docs/architecture.md",
+        "docs/client.md",
         "docs/operations.md",
         "docs/performance.md",
         "docs/security.md",

@@ -104,7 +104,19 @@ def test_bad_options_are_refused_in_one_line(arguments, code, words, monkeypatch
 
 def test_the_other_commands_are_there():
     result = CliRunner().invoke(app, ["--help"])
-    for command in ("serve", "train", "evaluate", "convert", "merge", "config", "tenant", "key", "audit"):
+    for command in (
+        "serve",
+        "train",
+        "evaluate",
+        "convert",
+        "merge",
+        "config",
+        "doctor",
+        "adapter",
+        "tenant",
+        "key",
+        "audit",
+    ):
         assert command in result.output
 
 
