@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -48,6 +49,7 @@ def examine(options: Mapping[str, object]) -> Iterator[Finding]:
         yield _models()
         return
     yield _catalogue(settings)
+    yield _storage(settings.storage)
     yield from _listeners(settings)
     yield from _served(settings)
 
@@ -81,6 +83,18 @@ def _catalogue(settings: Settings) -> Finding:
     if current == newest:
         return Finding("catalogue", f"{name}, its tables are those of this version")
     return Finding("catalogue", f"{name}, at {current or 'nothing'}; `molex serve` brings it to {newest}")
+
+
+def _storage(folder: Path | None) -> Finding:
+    """Where adapters that come over HTTP are kept; looked at, not made."""
+    if folder is None:
+        return Finding("storage", "none: adapters that come over HTTP last as long as the server")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    fact = f"{folder}, {free / GIB:.1f} GiB free" + ("" if there == folder.absolute() else ", to be made")
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return Finding("storage", fact, problem=f"storage: {there} is no folder that can be written to")
+    return Finding("storage", fact)
 
 
 def _listeners(settings: Settings) -> Iterator[Finding]:

@@ -103,3 +103,16 @@ def script() -> Iterator[Script]:
         told.over.set()
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def pauses(monkeypatch) -> list[float]:
+    """How long clients have paused; they don't really."""
+    made: list[float] = []
+
+    async def pause(self: object, seconds: float) -> None:
+        made.append(seconds)
+
+    monkeypatch.setattr("molex_client.transports.BlockingTransport.sleep", pause)
+    monkeypatch.setattr("molex_client.transports.AsyncTransport.sleep", pause)
+    return made

@@ -23,19 +23,6 @@ BUSY = {"error": {"message": "the queue is full", "type": "overloaded_error", "c
 CUT = b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{"
 
 
-@pytest.fixture
-def pauses(monkeypatch) -> list[float]:
-    """How long clients have paused; they don't really."""
-    made: list[float] = []
-
-    async def pause(self: object, seconds: float) -> None:
-        made.append(seconds)
-
-    monkeypatch.setattr("molex_client.transports.BlockingTransport.sleep", pause)
-    monkeypatch.setattr("molex_client.transports.AsyncTransport.sleep", pause)
-    return made
-
-
 def test_a_busy_server_is_asked_again_when_it_says(call, script, pauses):
     script.answers = [answer(429, BUSY, retry_after="3"), answer(503, BUSY, retry_after="0"), MODELS]
     assert call(script.url, "list_models") == []

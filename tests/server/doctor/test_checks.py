@@ -103,6 +103,17 @@ def test_a_catalogue_that_cannot_be_used_is_named(doctor, monkeypatch, environme
     assert PEPPER not in result.output
 
 
+def test_a_storage_that_cannot_be_written_to_is_named(doctor, tmp_path):
+    good = doctor("--storage", str(tmp_path / "deep" / "storage"))
+    assert good.exit_code == 0
+    assert lines(good)["storage"].endswith("GiB free, to be made")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    bad = doctor("--storage", str(tmp_path / "file" / "storage"))
+    assert bad.exit_code == 1
+    assert f"storage: {tmp_path}/file is no folder that can be written to" in bad.stderr
+
+
 def test_the_catalogue_is_looked_at_and_left_as_it_is(doctor, monkeypatch, tmp_path):
     database = tmp_path / "catalogue.db"
     monkeypatch.setenv("MOLEX_DATABASE", f"sqlite:///{database}")
