@@ -36,6 +36,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a l
 Name = Annotated[str, typer.Argument(help="Name of the adapter.")]
 Folder = Annotated[Path, typer.Argument(help=f"Folder with {CONFIG_NAME} and the weights.")]
 LOCAL = "http://127.0.0.1:8000"
+WIDE = 10_000
 
 
 @adapter_app.command()
@@ -195,9 +196,11 @@ def _size(nbytes: int | None) -> str:
 
 
 def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Wide where output goes to a file or a program: nothing is cut off there."""
-    table = Table(*columns, box=None, pad_edge=False)
+    """Folded to the width of a terminal; as wide as it is where a file or a program reads it."""
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.print(table, soft_wrap=not console.is_terminal)
+    width = None if sys.stdout.isatty() else WIDE
+    Console(width=width, highlight=False, markup=False, emoji=False).print(table)

@@ -127,6 +127,8 @@ def show_config(**options: Any) -> None:
 
 def doctor(**options: Any) -> None:
     """Say what this machine offers and whether `molex serve` would work with these options."""
+    # What it logs is told below.
+    logging.basicConfig(handlers=[logging.NullHandler()])
     found = []
     for finding in examine(_given(options)):
         typer.echo(str(finding))
