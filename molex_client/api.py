@@ -22,12 +22,12 @@ from molex_client.answers import (
     Model,
     ModelList,
 )
-from molex_client.errors import AdapterFailedError, ClientError, failure, refusal
+from molex_client.errors import AdapterFailedError, ApiError, ClientError, failure, refusal
 from molex_client.options import ChatOptions, CompletionOptions, Message
 from molex_client.reading import parse, read_json
 from molex_client.retries import Retries
 from molex_client.streams import AsyncStream, EventReader
-from molex_client.transports import Transport, silence
+from molex_client.transports import Transport, timeouts
 
 T = TypeVar("T", bound=BaseModel)
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
@@ -40,7 +40,10 @@ FIRST_LOOK, RAREST_LOOK = 0.2, 5.0
 
 
 class Api:
-    """The calls of a client. Each raises ClientError, whose subclasses say what went wrong."""
+    """The calls of a client.
+
+    Each raises ClientError, whose subclasses say what went wrong, and ValueError for a name that is none.
+    """
 
     def __init__(self, transport: Transport, retries: Retries, timeout: float) -> None:
         self._transport = transport
@@ -180,7 +183,7 @@ class Api:
         await self._send("DELETE", f"{_adapter(name)}/versions/{version}")
 
     async def is_alive(self) -> bool:
-        """Whether the server works; if not, it wants a restart."""
+        """Whether the process is sound; if not, it wants a restart."""
         return await self._probe("/livez")
 
     async def is_ready(self) -> bool:
@@ -188,18 +191,17 @@ class Api:
         return await self._probe("/readyz")
 
     async def _put(self, name: str, wait: float, **content: Any) -> Adapter:
-        params, timeout = {"wait": wait}, silence(wait + self._timeout)
+        params, timeout = {"wait": wait}, timeouts(wait + self._timeout)
         return await self._read(Adapter, "PUT", _adapter(name), params=params, timeout=timeout, **content)
 
     async def _probe(self, path: str) -> bool:
-        request = self._transport.http.build_request("GET", path)
-        try:
-            response = await self._transport.send(request, stream=False)
-        except httpx.HTTPError as error:
-            raise failure(error) from error
-        if response.status_code not in (200, 503):
-            raise refusal(response)
-        return response.status_code == 200
+        """Whether the answer is 200. 503 is an answer too; anything else is an error."""
+        outcome = await self._attempt(self._transport.http.build_request("GET", path), stream=False)
+        if isinstance(outcome, httpx.Response):
+            return True
+        if isinstance(outcome, ApiError) and outcome.status == 503:
+            return False
+        raise outcome
 
     async def _read(self, kind: type[T], method: str, path: str, **content: Any) -> T:
         response = await self._send(method, path, **content)

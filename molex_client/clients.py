@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from molex_client.api import Api
 from molex_client.retries import Retries
 from molex_client.streams import AsyncStream, Stream
-from molex_client.transports import AsyncTransport, BlockingTransport, silence
+from molex_client.transports import AsyncTransport, BlockingTransport, timeouts
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -67,7 +67,7 @@ def _blocking(
 
     @wraps(method)
     def call(client: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return _result(method(client.api, *args, **kwargs))
+        return _result(method(client._api, *args, **kwargs))
 
     return call
 
@@ -77,7 +77,7 @@ def _streaming(
 ) -> Callable[Concatenate[Client, P], Stream[Piece]]:
     @wraps(method)
     def call(client: Client, /, *args: P.args, **kwargs: P.kwargs) -> Stream[Piece]:
-        opened = _result(method(client.api, *args, **kwargs))
+        opened = _result(method(client._api, *args, **kwargs))
         return Stream(opened.response, opened.events)
 
     return call
@@ -109,7 +109,7 @@ class Client:
         longest_pause: float = 30,
     ) -> None:
         self._transport = BlockingTransport(**_options(url, key, timeout))
-        self.api = Api(self._transport, Retries(retries, longest_pause), timeout)
+        self._api = Api(self._transport, Retries(retries, longest_pause), timeout)
 
     classify = _blocking(Api.classify)
     embed = _blocking(Api.embed)
@@ -165,5 +165,5 @@ def _options(url: str, key: str | None, timeout: float) -> dict[str, Any]:
     return {
         "base_url": base_url,
         "headers": {"authorization": f"Bearer {key}"} if key else {},
-        "timeout": silence(timeout),
+        "timeout": timeouts(timeout),
     }

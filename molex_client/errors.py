@@ -119,6 +119,7 @@ _BY_TYPE: Mapping[str, type[ApiError]] = {
     "overloaded_error": OverloadedError,
     "rate_limit_error": OverloadedError,
     "server_error": ServerError,
+    "timeout_error": ServerError,
 }
 _WORDS = ("message", "type", "code", "param")
 
@@ -152,7 +153,9 @@ def failure(error: httpx.HTTPError) -> ConnectionFailedError:
     what = "no answer in time" if kind is TimedOutError else "the connection failed"
     detail = f": {error}" if str(error) else ""
     where = f"{error.request.method} {error.request.url}"
-    return kind(f"{where}: {what} ({type(error).__name__}{detail})", sent=not unsent)
+    told = kind(f"{where}: {what} ({type(error).__name__}{detail})", sent=not unsent)
+    told.__cause__ = error
+    return told
 
 
 def _spelled(kind: type[ApiError], words: Mapping[str, str], otherwise: str) -> ApiError:

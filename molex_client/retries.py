@@ -10,8 +10,10 @@ from molex_client.errors import ApiError, ClientError, ConnectionFailedError, Ti
 FIRST_PAUSE = 0.5
 UNSTARTED = frozenset({429})
 """What the server answers before it has begun with a request."""
-PASSING = frozenset({429, 502, 503, 504})
+PASSING = frozenset({429, 503})
 """What the next attempt may not meet again."""
+GATEWAYS = frozenset({502, 504})
+"""So too, but from a proxy alone: a server that says 504 itself has spent the time of the request."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Retries:
 def _worthwhile(error: ClientError, *, repeatable: bool) -> bool:
     if isinstance(error, ConnectionFailedError):
         return not error.sent or (repeatable and not isinstance(error, TimedOutError))
-    if isinstance(error, ApiError):
-        return error.status in (PASSING if repeatable else UNSTARTED)
-    return False
+    if not isinstance(error, ApiError):
+        return False
+    if not repeatable:
+        return error.status in UNSTARTED
+    return error.status in PASSING or (error.status in GATEWAYS and error.code is None)

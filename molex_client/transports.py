@@ -12,8 +12,8 @@ import httpx
 CONNECT_SECONDS = 5.0
 
 
-def silence(seconds: float) -> httpx.Timeout:
-    """How long a server may be silent; what does not even accept a connection is given up on earlier."""
+def timeouts(seconds: float) -> httpx.Timeout:
+    """The server may be silent for `seconds`; one that accepts no connection is given up on earlier."""
     return httpx.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS))
 
 

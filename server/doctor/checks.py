@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
-from molex.errors import MolexError
+from molex.errors import BaseModelError, MolexError
 from molex.model import MolexModel
 from molex.native.layers import NativeLayers
 from server.adapters import AdapterStore
@@ -141,10 +141,10 @@ def _served(settings: Settings) -> Iterator[Finding]:
 
 
 def _check_memory(source: str, settings: Settings) -> None:
-    """Raises MolexError where the weights of a folder are sure not to fit."""
+    """Raises BaseModelError where the weights of a folder are sure not to fit."""
     needed = stored_weights(Path(source)) * choose_precision(settings).own.itemsize
     if needed > (available := available_memory()):
-        raise MolexError(
+        raise BaseModelError(
             f"its weights take {needed / GIB:.1f} GiB, and {available / GIB:.1f} GiB of memory are available"
         )
 
@@ -155,7 +155,8 @@ def stored_weights(folder: Path) -> int:
     for path in folder.glob("*.safetensors"):
         try:
             with safe_open(path, "numpy") as tensors:
-                count += sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 (no mapping)
+                names = tensors.keys()
+                count += sum(prod(tensors.get_slice(name).get_shape()) for name in names)
         except (OSError, SafetensorError):
             return 0  # Loading it says what is wrong.
     return count

@@ -75,9 +75,9 @@ def test_what_may_have_happened_is_not_done_twice(call, script, pauses):
     assert len(pauses) == 2
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 413, 500])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 413, 500, 504])
 def test_what_would_end_the_same_way_is_final(call, script, pauses, status):
-    script.answers = [answer(status)]
+    script.answers = [answer(status, BUSY)]
     with pytest.raises(ApiError):
         call(script.url, "list_models")
     assert pauses == []
