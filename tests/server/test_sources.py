@@ -45,7 +45,7 @@ def test_a_uri_may_have_escapes(sources, root):
 
 @pytest.mark.parametrize(
     "source",
-    ["OUTSIDE", "../outside", "topic/../../outside", "/etc", "..", "file:///etc", "file:..%2Foutside"],
+    ["OUTSIDE", "../outside", "topic/../../outside", "/etc", "..", "file:///etc", "file:///x/../etc"],
 )
 def test_callers_cannot_leave_the_root_by_path(sources, outside, source):
     error = refusal(sources.resolve, source.replace("OUTSIDE", str(outside)))
