@@ -67,17 +67,12 @@ class Sources:
 
         They are opened without following links, whatever has become of the folder since `resolve`.
         """
+        descriptor = _open(folder.name, folder, os.O_DIRECTORY)
         try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                files = [_read_regular(descriptor, name, max_bytes) for name in (CONFIG_NAME, WEIGHTS_NAME)]
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            name = Path(error.filename).name
-            why = "is a link" if error.errno == errno.ELOOP else f"cannot be read ({error.strerror})"
-            raise ServiceError(ErrorKind.BAD_ADAPTER, f"{name}: {why}", param=name) from error
-        return AdapterFiles(*files)
+            names = (CONFIG_NAME, WEIGHTS_NAME)
+            return AdapterFiles(*(_read_regular(descriptor, name, max_bytes) for name in names))
+        finally:
+            os.close(descriptor)
 
     def fit(self, files: AdapterFiles, base: str | None) -> tuple[str, Adapter]:
         """The adapter in some files and the base that it fits, as in `read`."""
@@ -126,15 +121,27 @@ def _path(source: str) -> str:
     return unquote(urlsplit(source).path) if source.startswith("file://") else source
 
 
+def _open(name: str, path: str | Path, flags: int, folder: int | None = None) -> int:
+    """Open for reading what is no link. Raises ServiceError, which says `name`."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | flags, dir_fd=folder)
+    except OSError as error:
+        why = "is a link" if error.errno == errno.ELOOP else f"cannot be read ({error.strerror})"
+        raise ServiceError(ErrorKind.BAD_ADAPTER, f"{name}: {why}", param=name) from error
+
+
 def _read_regular(folder: int, name: str, max_bytes: int) -> bytes:
     """A file of an open folder: no link, no pipe, and of bounded size."""
     # A pipe would otherwise be waited for.
-    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-    with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(file.fileno())
+    descriptor = _open(name, name, os.O_NONBLOCK, folder)
+    try:
+        found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise ServiceError(ErrorKind.BAD_ADAPTER, f"{name}: is no regular file", param=name)
         if found.st_size > max_bytes:
             message = f"{name}: has {found.st_size} bytes; max_adapter_bytes is {max_bytes}"
             raise ServiceError(ErrorKind.TOO_LARGE, message, param=name)
-        return file.read(max_bytes)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(max_bytes)
+    finally:
+        os.close(descriptor)
