@@ -40,10 +40,13 @@ def total_memory() -> int:
 
 def available_memory() -> int:
     """Bytes that a process could still take here."""
-    found = re.search(r"^MemAvailable:\s*(\d+) kB", MEMINFO.read_text(encoding="ascii"), re.MULTILINE)
-    free = 1024 * int(found[1]) if found else total_memory()
+    free = 1024 * _number(r"^MemAvailable:\s*(\d+) kB", MEMINFO.read_text(encoding="ascii"))
     limit = _limit("memory.max")
-    return free if limit is None else min(free, limit - (_limit("memory.current") or 0))
+    if limit is None:
+        return free
+    # A container is charged for files that it has read, which give way.
+    cached = _number(r"^inactive_file (\d+)", _cgroup("memory.stat") or "")
+    return min(free, limit - (_limit("memory.current") or 0) + cached)
 
 
 def packages() -> Finding:
@@ -99,6 +102,11 @@ def usable_cpus() -> float:
         return cpus
     used, period = map(int, quota.split())
     return min(cpus, used / period)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text, re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def _limit(name: str) -> int | None:

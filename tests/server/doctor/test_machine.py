@@ -45,6 +45,8 @@ def test_a_container_bounds_cpus_and_memory(container):
     assert machine.usable_cpus() == min(1.5, len(os.sched_getaffinity(0)))
     assert machine.total_memory() == 3 << 30
     assert machine.available_memory() == 2 << 30
+    container(memory_stat=f"anon 5\ninactive_file {1 << 29}\n")
+    assert machine.available_memory() == (2 << 30) + (1 << 29)
 
 
 def test_a_container_without_limits_bounds_nothing(container):
