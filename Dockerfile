@@ -14,7 +14,7 @@ WORKDIR /src
 # The dependencies first, with empty packages in place of the sources: a change of code reuses them.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN mkdir molex server && touch molex/__init__.py server/__init__.py \
-    && pip install --no-cache-dir --constraint constraints.txt torch==2.13.0 '.[structured]'
+    && pip install --no-cache-dir --constraint constraints.txt torch==2.13.0 '.[structured,s3]'
 
 COPY molex molex
 COPY server server
