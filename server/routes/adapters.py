@@ -88,7 +88,7 @@ async def put_adapter(
     caller: WriteAdapters,
     wait: Wait = 0,
 ) -> AdapterCard:
-    """Load a version of an adapter, which becomes the current one once it has passed a first pass.
+    """Load a version of an adapter, which becomes the current one once a short text has run through it.
 
     202: it is not done yet; `state` in the answer, and in that of a later GET, says how far it has come.
     With `wait`, at most so many seconds, the answer may be 201 where the name is new, 200 where it is not, or

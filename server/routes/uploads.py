@@ -25,7 +25,7 @@ DOCUMENTED: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
-            "application/json": {"schema": {"$ref": "#/components/schemas/PutAdapterRequest"}},
+            "application/json": {"schema": PutAdapterRequest.model_json_schema()},
             MULTIPART: {
                 "schema": {
                     "type": "object",
