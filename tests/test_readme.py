@@ -22,7 +22,7 @@ from server.settings import Settings
 TEXT = README.read_text(encoding="utf-8")
 EXAMPLES = examples(TEXT)
 MAPPED_FOLDERS = ("molex", "server", "benchmarks", "loadtests", "examples", "scripts", "deploy")
-VOLATILE = ("id", "created", "text", "content")
+VOLATILE = ("id", "created", "updated", "text", "content")
 """Fields that change from run to run, or with the rounding of the CPU."""
 PROBABILITY_TOLERANCE = 0.02
 """Two CPUs sum in different orders; a classifier's probabilities then differ in the third digit."""
