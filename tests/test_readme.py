@@ -31,7 +31,7 @@ MAPPED_FOLDERS = (
     "scripts",
     "deploy",
 )
-VOLATILE = ("id", "created", "text", "content")
+VOLATILE = ("id", "created", "updated", "text", "content")
 """Fields that change from run to run, or with the rounding of the CPU."""
 PROBABILITY_TOLERANCE = 0.02
 """Two CPUs sum in different orders; a classifier's probabilities then differ in the third digit."""
