@@ -13,10 +13,12 @@ WORKDIR /src
 
 # The dependencies first, with empty packages in place of the sources: a change of code reuses them.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-RUN mkdir molex server && touch molex/__init__.py server/__init__.py \
-    && pip install --no-cache-dir --constraint constraints.txt torch==2.13.0 '.[structured]'
+RUN mkdir molex molex_client server \
+    && touch molex/__init__.py molex_client/__init__.py server/__init__.py \
+    && pip install --no-cache-dir --constraint constraints.txt torch==2.13.0 '.[structured,s3]'
 
 COPY molex molex
+COPY molex_client molex_client
 COPY server server
 RUN pip install --no-cache-dir --no-deps --force-reinstall .
 

@@ -11,7 +11,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 READY   := $(VENV)/.installed
-SOURCES := $(wildcard molex server scripts examples benchmarks loadtests)
+SOURCES := $(wildcard molex molex_client server scripts examples benchmarks loadtests)
 
 # Threads of torch and of the tests would otherwise fight over the same cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
@@ -35,7 +35,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
 		$(PYTHON) -m pip --python $(BIN)/python install --quiet --constraint constraints.txt pip
-	@$(PIP) install --constraint constraints.txt torch==2.13.0 --editable '.[train,bench,load,gguf,structured,dev]'
+	@$(PIP) install --constraint constraints.txt torch==2.13.0 --editable '.[train,bench,load,gguf,structured,s3,dev]'
 	@touch $@
 	@echo "==> Installed"
 

@@ -78,7 +78,7 @@ class Experiment:
         async with connection_pool(self.url) as http:
             for name in RESIDENT:
                 body = {"source": f"resident/{name}", "base": BASE, "pinned": True}
-                (await http.put(f"/v1/adapters/{name}", json=body)).raise_for_status()
+                (await http.put(f"/v1/adapters/{name}?wait=60", json=body)).raise_for_status()
 
     async def run_block(self, kind: str, plan: Sequence[Planned], times: Times) -> None:
         """Send the requests of `plan` and the loads, whichever the kind has; then forget what was loaded."""
@@ -116,7 +116,7 @@ class Experiment:
 
 
 async def load(http: httpx.AsyncClient, name: str) -> None:
-    response = await http.put(f"/v1/adapters/{name}", json={"source": f"cold/{name}", "base": BASE})
+    response = await http.put(f"/v1/adapters/{name}?wait=60", json={"source": f"cold/{name}", "base": BASE})
     expect(response, httpx.codes.CREATED)
 
 

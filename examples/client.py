@@ -1,24 +1,24 @@
-"""Calls a running server (`make serve`) with httpx and with the openai client.
+"""Calls a running server (`make serve`) with molex_client and with the openai client.
 
 python examples/client.py [URL]
 """
 
 import sys
 
-import httpx
 from openai import OpenAI
+
+from molex_client import Client
 
 URL = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
 
 
-def classify() -> None:
+def classify(client: Client) -> None:
     """Several texts in one request; the answer keeps their order."""
     texts = ["A warm, funny and beautifully acted film.", "Loud, long and completely lifeless."]
-    body = {"model": "sst2-molex", "input": texts, "return_routes": True}
-    response = httpx.post(f"{URL}/v1/classify", json=body, timeout=60).raise_for_status()
-    print(f"{response.json()['adapter_digest']} in {response.headers['x-total-time']} ms")
-    for text, answer in zip(texts, response.json()["data"], strict=True):
-        print(f"  {text} -> {answer['label']} {max(answer['probs']):.3f}, layers {answer['routes']}")
+    answers = client.classify("sst2-molex", texts, return_routes=True)
+    print(answers.adapter_digest)
+    for text, answer in zip(texts, answers.data, strict=True):
+        print(f"  {text} -> {answer.label} {max(answer.probs):.3f}, layers {answer.routes}")
 
 
 def complete(client: OpenAI) -> None:
@@ -43,11 +43,12 @@ def chat(client: OpenAI) -> None:
 
 
 def main() -> None:
-    classify()
-    with OpenAI(base_url=f"{URL}/v1", api_key="none is checked") as client:
-        print(", ".join(model.id for model in client.models.list()))
-        complete(client)
-        chat(client)
+    with Client(URL) as client:
+        classify(client)
+    with OpenAI(base_url=f"{URL}/v1", api_key="none is checked") as openai:
+        print(", ".join(model.id for model in openai.models.list()))
+        complete(openai)
+        chat(openai)
 
 
 if __name__ == "__main__":

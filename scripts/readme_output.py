@@ -1,9 +1,9 @@
-"""Runs the examples of README.md and writes what they print under them.
+"""Runs the examples of README.md, or of other pages, and writes what they print under them.
 
-    python -m scripts.readme_output      # starts a server with the demo bases, on a free port
+    python -m scripts.readme_output [PAGE …]     # starts a server with the demo bases, on a free port
 
 An example is a fenced block after the line `<!-- run -->`; the next fenced block is its output.
-tests/test_readme.py runs the same blocks and compares.
+tests/test_readme.py and tests/test_example_pages.py run the same blocks and compare.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ def refreshed(text: str, url: str) -> str:
 
 
 def main() -> None:
-    """Rewrite README.md."""
+    """Rewrite the pages."""
     with running_server(BASES, ADAPTERS) as url:
-        text = refreshed(README.read_text(encoding="utf-8"), url)
-    README.write_text(text, encoding="utf-8")
+        for page in [Path(page) for page in sys.argv[1:]] or [README]:
+            page.write_text(refreshed(page.read_text(encoding="utf-8"), url), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,98 +4,81 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Callable, Collection, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 
 from molex.adapter import Adapter
 from molex.adapter_file import CONFIG_NAME
-from molex.config import AdapterConfig
 from molex.errors import AdapterError
 from molex.model import MolexModel
-from server.catalogue.records import Quota
 from server.errors import ErrorKind, ServiceError, adapter_not_found
 from server.metrics import Metrics
 from server.residents import Residents
+from server.served import ServedAdapter
 from server.settings import FULL_NAME_PATTERN, Settings
 from server.sources import Sources
 
 UNKNOWN_BASE = "unknown"
-UNLIMITED = Quota()
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class ServedAdapter:
-    """An adapter under the name that requests call it by: all but its weights, which may not be in memory."""
-
-    name: str
-    """`TENANT/NAME`, or `NAME` alone where the operator shares it."""
-    base: str
-    folder: Path
-    source: str
-    """The folder, as its loader named it."""
-    config: AdapterConfig
-    digest: str
-    labels: Mapping[int, str]
-    nbytes: int
-    """What its weights take in memory."""
-    pinned: bool = False
-    """Whether it stays in memory once it is there."""
-    created: int = field(default_factory=lambda: int(time.time()))
-    """Seconds since the epoch."""
-
-    @property
-    def classifies(self) -> bool:
-        return self.config.task_type == "SEQ_CLS"
-
-
-def tenant_of(name: str) -> str:
-    """The tenant in the name of an adapter; empty where the operator shares it."""
-    return name.rpartition("/")[0]
-
-
 class AdapterStore:
-    """Registers, replaces and removes adapters, and keeps some of them in memory; from any thread.
+    """What is served under which name, and which of it is in memory; from any thread.
 
-    A registration reads and validates everything before it touches the table, and the swap is one
-    assignment: requests see the old adapter or the new one. Those admitted earlier keep the weights they
-    hold. What was evicted is read again from its folder, and served only if the digest is still the same.
+    `NAME` is the current version of an adapter, `NAME@REFERENCE` the one of a number or an alias. Everything
+    is read and validated before the table is touched, and the swap is one assignment: requests see the old
+    version or the new one. Those admitted earlier keep the weights they hold. What was evicted is read again
+    from its folder, and served only if the digest is still the same.
     """
 
     def __init__(self, models: Mapping[str, MolexModel], settings: Settings, metrics: Metrics) -> None:
         self._models = models
-        self._sources = Sources(models, settings.http_root)
+        self.sources = Sources(models, settings.http_root)
         self._settings = settings
         self._metrics = metrics
         self._served: dict[str, ServedAdapter] = {}
+        """The current version of each adapter, by name."""
+        self._references: dict[str, dict[str, ServedAdapter]] = {}
+        """All versions of each adapter, by number and alias."""
         self._pinned: dict[str, ServedAdapter] = {}
         self._residents: Residents[ServedAdapter] = Residents(
             settings.max_resident_adapters, settings.max_resident_bytes
         )
-        self._lock = Lock()
+        self._lock = RLock()
 
     def watch_use(self, in_use: Callable[[], Set[Adapter]]) -> None:
         """Never evict what this function returns: the adapters of admitted requests."""
         self._residents.in_use = in_use
 
+    def find(self, name: str) -> ServedAdapter | None:
+        """What a name means, with or without a version."""
+        name, at, reference = name.partition("@")
+        return self._references.get(name, {}).get(reference) if at else self._served.get(name)
+
     def get(self, name: str) -> ServedAdapter:
         """Raises ServiceError (404) for an unknown name."""
-        served = self._served.get(name)
+        served = self.find(name)
         if served is None:
             raise adapter_not_found(name)
         return served
 
     def __contains__(self, name: str) -> bool:
-        return name in self._served
+        return self.find(name) is not None
 
     def all(self) -> list[ServedAdapter]:
-        """Every adapter, by name."""
+        """Every adapter in its current version, by name."""
         return sorted(self._served.copy().values(), key=lambda served: served.name)
+
+    def versions(self, name: str) -> set[ServedAdapter]:
+        """All versions of an adapter."""
+        return set(self._references.get(name, {}).values())
+
+    def __len__(self) -> int:
+        """All versions of all adapters."""
+        return sum(len(set(references.values())) for references in self._references.copy().values())
 
     def count(self, base: str) -> int:
         """How many are registered on a base."""
@@ -120,66 +103,84 @@ class AdapterStore:
         with self._lock:
             return self._residents.get(served)
 
-    def load_for_caller(
-        self, name: str, source: str, base: str | None, quota: Quota = UNLIMITED, *, pinned: bool = False
-    ) -> tuple[ServedAdapter, bool]:
-        """Load an adapter that an HTTP caller names by its folder under the adapter root.
-
-        A tenant has a root of its own, the folder in there that bears its name.
-        """
-        folder = self._sources.resolve(source, tenant_of(name))
-        return self.load(name, folder, base, source=source, quota=quota, pinned=pinned)
-
     def load(
         self,
         name: str,
         folder: Path,
         base: str | None = None,
         *,
-        source: str | None = None,
-        quota: Quota = UNLIMITED,
         pinned: bool = False,
         evict: bool = True,
     ) -> tuple[ServedAdapter, bool]:
-        """Read a folder and serve it as `name`; returns it, and whether the name is new.
+        """Read a folder in place and serve it as `name`; returns it, and whether the name is new.
 
         Its weights stay in memory where there is room; `evict` makes room at the cost of the least recently
         used. Blocks for the time of reading: call it on a pool thread. Without `base` the base that the
         adapter fits is found. Raises ServiceError naming the tensor or field at fault.
         """
         try:
-            self._check_name(name, base)
-            fitting, adapter = self._sources.read(folder, base)
+            self.check_name(name, base)
+            fitting, adapter = self.sources.read(folder, base)
             served = ServedAdapter(
                 name=name,
                 base=fitting,
                 folder=folder,
-                source=source or folder.name,
+                source=folder.name,
                 config=adapter.config,
                 digest=adapter.digest,
                 labels=adapter.id2label,
                 nbytes=adapter.nbytes,
                 pinned=pinned,
             )
-            created = self._swap_in(served, adapter, quota, evict=evict)
+            created = self._swap_in(served, adapter, evict=evict)
         except ServiceError as error:
-            label = base if base is not None and base in self._models else UNKNOWN_BASE
-            self._metrics.adapter_load(label, "refused")
-            log.warning("adapter %r refused: %s", name, error.message)
+            self.count_refusal(name, base, error)
             raise
-        self._metrics.adapter_load(fitting, "loaded")
-        log.info("adapter %r loaded on base %s, %s", name, fitting, adapter.digest)
+        self.count_load(served)
         return served, created
 
-    def remove(self, name: str) -> ServedAdapter:
-        """Stop serving a name; requests in flight finish. Raises ServiceError (404)."""
+    def count_load(self, served: ServedAdapter) -> None:
+        self._metrics.adapter_load(served.base, "loaded")
+        log.info("adapter %r loaded on base %s, %s", served.name, served.base, served.digest)
+
+    def count_refusal(self, name: str, base: str | None, error: ServiceError) -> None:
+        label = base if base is not None and base in self._models else UNKNOWN_BASE
+        self._metrics.adapter_load(label, "refused")
+        log.warning("adapter %r refused: %s", name, error.message)
+
+    def publish(self, current: ServedAdapter, references: Mapping[str, ServedAdapter]) -> None:
+        """Serve a name as its versions are from now on, all of them at once."""
         with self._lock:
-            served = self.get(name)
+            before = self._references.get(current.name, {})
+            self._served[current.name] = current
+            self._references[current.name] = dict(references)
+            self._pinned.pop(current.name, None)
+            if current.pinned:
+                self._pinned[current.name] = current
+            for served in set(before.values()).difference(references.values()):
+                self._residents.discard(served)
+
+    def keep(self, served: ServedAdapter, adapter: Adapter, *, evict: bool = True) -> bool:
+        """Keep weights that have been read in memory, if there is room; whether there was."""
+        with self._lock:
+            if served in self._residents:
+                return True
+            evicted = self._residents.reserve(served, evict=evict)
+            if evicted is not None:
+                self._residents.add(served, adapter)
+        self._count_evictions(evicted or [])
+        return evicted is not None
+
+    def remove(self, name: str) -> ServedAdapter:
+        """Stop serving all versions of a name; requests in flight finish. Raises ServiceError (404)."""
+        with self._lock:
+            current = self.get(name)
             del self._served[name]
             self._pinned.pop(name, None)
-            self._residents.discard(served)
+            for served in set(self._references.pop(name).values()):
+                self._residents.discard(served)
         log.info("adapter %r removed", name)
-        return served
+        return current
 
     def load_folder(self, folder: Path) -> dict[str, str]:
         """Load every adapter folder in `folder` under its own name, several at a time.
@@ -209,10 +210,19 @@ class AdapterStore:
         with self._lock:
             evicted = self._residents.reserve(served)
         if evicted is None:
-            self._check_room(served)
+            self.check_room(served.name, served.nbytes, pinned=served.pinned)
             return False
         self._count_evictions(evicted)
         return True
+
+    def read(self, served: ServedAdapter) -> Adapter:
+        """Read the folder of an adapter. Blocks. Raises ServiceError (409), as `read_again` does."""
+        try:
+            return self.sources.read_again(
+                served.folder, served.base, served.digest, validated=served.validated
+            )
+        except AdapterError as error:
+            raise _unavailable(served, error) from error
 
     def read_again(self, served: ServedAdapter) -> Adapter:
         """Read the folder of an adapter that was evicted. Blocks; to be called on a pool thread.
@@ -221,19 +231,17 @@ class AdapterStore:
         """
         adapter = None
         try:
-            adapter = self._sources.read_again(served.folder, served.base, served.digest)
-        except AdapterError as error:
-            raise _unavailable(served, error) from error
+            adapter = self.read(served)
         finally:
             with self._lock:
-                if adapter is not None and self._served.get(served.name) is served:
+                if adapter is not None and self._is_served(served):
                     self._residents.add(served, adapter)
                 else:
                     # Not read, or replaced or removed in the meantime: then those who ask are its last.
                     self._residents.discard(served)
         return adapter
 
-    def _check_name(self, name: str, base: str | None) -> None:
+    def check_name(self, name: str, base: str | None) -> None:
         if not re.fullmatch(FULL_NAME_PATTERN, name):
             message = f"{name!r} is no adapter name: use letters, digits, '.', '_' and '-'"
             raise ServiceError(ErrorKind.INVALID_REQUEST, message, param="name")
@@ -245,57 +253,39 @@ class AdapterStore:
             message = f"no base is named {base!r}; there are {', '.join(self._models)}"
             raise ServiceError(ErrorKind.INVALID_REQUEST, message, param="base")
 
-    def _check_room(self, served: ServedAdapter) -> None:
-        """Raises ServiceError where the weights will never fit into memory beside those that are pinned."""
+    def check_count(self, coming: int = 0) -> None:
+        """Raises ServiceError where there is no place for one more version beside those that are coming."""
+        if (count := len(self) + coming) >= self._settings.max_adapters:
+            message = f"{count} adapters are loaded, which is the limit"
+            raise ServiceError(ErrorKind.TOO_MANY_ADAPTERS, message)
+
+    def check_room(self, name: str, nbytes: int, *, pinned: bool) -> None:
+        """Raises ServiceError where weights will never fit into memory beside those that are pinned."""
         settings = self._settings
-        pinned = [other for name, other in self._pinned.copy().items() if name != served.name]
-        nbytes = served.nbytes + sum(other.nbytes for other in pinned)
+        others = [other for pinned_name, other in self._pinned.copy().items() if pinned_name != name]
+        total = nbytes + sum(other.nbytes for other in others)
         # One place is left for all that are not pinned.
-        count = len(pinned) + 1 + served.pinned
-        if nbytes > settings.max_resident_bytes or count > settings.max_resident_adapters:
+        count = len(others) + 1 + pinned
+        if total > settings.max_resident_bytes or count > settings.max_resident_adapters:
             message = (
-                f"no room in memory for the adapter {served.name!r} of {served.nbytes} bytes beside "
-                f"{len(pinned)} pinned ones: max_resident_bytes is {settings.max_resident_bytes}, "
+                f"no room in memory for the adapter {name!r} of {nbytes} bytes beside "
+                f"{len(others)} pinned ones: max_resident_bytes is {settings.max_resident_bytes}, "
                 f"max_resident_adapters {settings.max_resident_adapters}"
             )
             raise ServiceError(ErrorKind.TOO_MANY_ADAPTERS, message)
 
-    def _swap_in(self, served: ServedAdapter, adapter: Adapter, quota: Quota, *, evict: bool) -> bool:
-        capacity = self._settings.max_adapters
+    def _swap_in(self, served: ServedAdapter, adapter: Adapter, *, evict: bool) -> bool:
         with self._lock:
-            self._check_quota(served, quota)
-            before = self._served.get(served.name)
-            if before is None and len(self._served) >= capacity:
-                message = f"{capacity} adapters are loaded, which is the limit"
-                raise ServiceError(ErrorKind.TOO_MANY_ADAPTERS, message)
-            self._check_room(served)
-            if before is not None:
-                self._residents.discard(before)
-            evicted = self._residents.reserve(served, evict=evict)
-            if evicted is not None:
-                self._residents.add(served, adapter)
-            self._served[served.name] = served
-            self._pinned.pop(served.name, None)
-            if served.pinned:
-                self._pinned[served.name] = served
-        self._count_evictions(evicted or [])
-        return before is None
+            created = served.name not in self._served
+            if created:
+                self.check_count()
+            self.check_room(served.name, served.nbytes, pinned=served.pinned)
+            self.publish(served, {str(served.version): served})
+            self.keep(served, adapter, evict=evict)
+        return created
 
-    def _check_quota(self, served: ServedAdapter, quota: Quota) -> None:
-        """Whether the tenant has room for an adapter beside its others; waiting would not make any."""
-        tenant = tenant_of(served.name)
-        others = [
-            other
-            for other in self._served.values()
-            if tenant_of(other.name) == tenant and other.name != served.name
-        ]
-        if quota.adapters is not None and len(others) >= quota.adapters:
-            message = f"{tenant} has {len(others)} adapters, which is its limit"
-            raise ServiceError(ErrorKind.ADAPTER_QUOTA, message)
-        size = served.nbytes + sum(other.nbytes for other in others)
-        if quota.adapter_bytes is not None and size > quota.adapter_bytes:
-            message = f"the adapters of {tenant} would take {size} bytes; its limit is {quota.adapter_bytes}"
-            raise ServiceError(ErrorKind.ADAPTER_QUOTA, message)
+    def _is_served(self, served: ServedAdapter) -> bool:
+        return self.find(f"{served.name}@{served.version}") is served
 
     def _count_evictions(self, evicted: Collection[ServedAdapter]) -> None:
         for served in evicted:

@@ -11,6 +11,8 @@ from fastapi_offline import FastAPIOffline
 
 from server.auth.access import Access
 from server.engine import Engine
+from server.registry.loads import Loads
+from server.registry.registry import Registry
 from server.routes import (
     adapters,
     administration,
@@ -37,10 +39,16 @@ def create_app(engine: Engine, access: Access) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await access.start()
         await engine.start()
+        await registry.open()
+        loads.resume()
         yield
+        await loads.stop()
         await engine.stop()
+        await registry.close()
         await access.stop()
 
+    registry = Registry(engine, access.shared_catalogue)
+    loads = Loads(registry)
     # FastAPI itself would have browsers fetch the scripts of /docs from a public server.
     app = FastAPIOffline(
         title="MoLEx serve",
@@ -52,6 +60,8 @@ def create_app(engine: Engine, access: Access) -> FastAPI:
     )
     app.state.engine = engine
     app.state.access = access
+    app.state.registry = registry
+    app.state.loads = loads
     for module in (
         classify,
         embeddings,
@@ -69,6 +79,6 @@ def create_app(engine: Engine, access: Access) -> FastAPI:
     register(app, adapters.vllm_verbs)
     errors.install(app)
     app.add_middleware(Authentication, access=access)
-    app.add_middleware(BodyLimit, max_bytes=engine.settings.max_body_bytes)
+    app.add_middleware(BodyLimit, settings=engine.settings)
     app.add_middleware(Observer, metrics=engine.metrics)
     return app

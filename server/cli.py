@@ -25,11 +25,13 @@ from molex.memory import keep_compiled_kernels, keep_freed_memory
 from molex.merge import merge
 from molex.train.cli import evaluate, train
 from server import logs
+from server.adapter_cli import adapter_app
 from server.app import create_app
 from server.auth.access import Access
 from server.banner import banner
 from server.catalogue.database import migrate
 from server.catalogue_cli import audit_app, key_app, tenant_app
+from server.doctor.checks import examine
 from server.engine import Engine
 from server.errors import ServiceError
 from server.precision import choose_precision
@@ -123,10 +125,31 @@ def show_config(**options: Any) -> None:
     typer.echo("\n".join(shown(_settings(options))))
 
 
+def doctor(**options: Any) -> None:
+    """Say what this machine offers and whether `molex serve` would work with these options."""
+    # What it logs is told below.
+    logging.basicConfig(handlers=[logging.NullHandler()])
+    found = []
+    for finding in examine(_given(options)):
+        typer.echo(str(finding))
+        if finding.problem is not None:
+            found.append(finding.problem)
+    for problem in found:
+        typer.echo(f"problem: {problem}", err=True)
+    if found:
+        sys.exit(1)
+    typer.echo("molex serve would work with these options")
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that stand on the command line."""
+    return {name: value for name, value in options.items() if value not in (None, [])}
+
+
 def _settings(options: Mapping[str, Any]) -> Settings:
     """The settings that a command line gives; what is wrong with them ends the program."""
     try:
-        return Settings(**{name: value for name, value in options.items() if value not in (None, [])})
+        return Settings(**_given(options))
     except ValidationError as error:
         typer.echo("\n".join(problems(error)), err=True)
         sys.exit(2)
@@ -192,6 +215,7 @@ def merge_adapter(
 
 
 app.command()(_with_settings_as_options(serve))
+app.command()(_with_settings_as_options(doctor))
 app.command()(train)
 app.command()(evaluate)
 app.command("convert")(convert_checkpoint)
@@ -199,6 +223,7 @@ app.command("merge")(merge_adapter)
 config_app = typer.Typer(help="Settings.", no_args_is_help=True)
 config_app.command("show")(_with_settings_as_options(show_config))
 app.add_typer(config_app, name="config")
+app.add_typer(adapter_app, name="adapter")
 app.add_typer(tenant_app, name="tenant")
 app.add_typer(key_app, name="key")
 app.add_typer(audit_app, name="audit")

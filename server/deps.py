@@ -10,12 +10,14 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
-from server.adapters import ServedAdapter
 from server.auth.access import Access
 from server.auth.caller import Caller
 from server.base import Base
 from server.engine import Engine
 from server.errors import ErrorKind, ServiceError, model_not_found
+from server.registry.loads import Loads
+from server.registry.registry import Registry
+from server.served import ServedAdapter
 from server.tokenization import Prompt
 
 T = TypeVar("T")
@@ -36,8 +38,20 @@ async def _access(request: Request) -> Access:
     return access_of(request)
 
 
+async def _registry(request: Request) -> Registry:
+    registry: Registry = request.app.state.registry
+    return registry
+
+
+async def _loads(request: Request) -> Loads:
+    loads: Loads = request.app.state.loads
+    return loads
+
+
 EngineDep = Annotated[Engine, Depends(_engine)]
 AccessDep = Annotated[Access, Depends(_access)]
+RegistryDep = Annotated[Registry, Depends(_registry)]
+LoadsDep = Annotated[Loads, Depends(_loads)]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from threading import Condition, Thread
@@ -76,6 +77,7 @@ class Engine:
             max_sequences=settings.max_sequences,
             max_queue=settings.max_queue,
         )
+        self._alone: deque[Sequence] = deque()
         self._wake = Condition()
         self._stopping = False
         self._worker = Thread(target=self._work, name="worker", daemon=True)
@@ -142,6 +144,19 @@ class Engine:
             self._wake.notify()
         return submission
 
+    def submit_alone(self, sequence: Sequence) -> Submission:
+        """Admit a sequence ahead of the queue, to a step of its own: what it breaks is nobody else's.
+
+        It ends after its prompt. Raises ServiceError (503) where the engine has stopped.
+        """
+        submission = Submission([sequence], self._cancel)
+        with self._wake:
+            if self._stopping:
+                raise stopping_error()
+            self._alone.append(sequence)
+            self._wake.notify()
+        return submission
+
     def _cancel(self, sequences: Seq[Sequence]) -> None:
         for sequence in sequences:
             sequence.cancelled = True
@@ -172,6 +187,8 @@ class Engine:
         with self._wake:
             while not self._stopping:
                 self._drop_cancelled()
+                if self._alone:
+                    return Batch(self._alone[0].base, (self._alone.popleft(),))
                 if batch := self._scheduler.schedule():
                     self._mark_started(batch)
                     return batch
@@ -245,7 +262,8 @@ class Engine:
         with self._wake:
             error = stopping_error() if self._stopping else internal_error()
             self._stopping = True
-            left = self._scheduler.drop_all()
+            left = [*self._scheduler.drop_all(), *self._alone]
+            self._alone.clear()
         self._deliver(Update(sequence, error=error) for sequence in left)
 
     def _adapters_in_use(self, bases: Iterable[str]) -> set[Adapter]:

@@ -32,6 +32,10 @@ class ErrorKind(Enum):
     ADAPTER_UNAVAILABLE = (409, "conflict_error", "adapter_unavailable")
     TOO_MANY_ADAPTERS = (409, "conflict_error", "too_many_adapters")
     TOO_MANY_KEYS = (409, "conflict_error", "too_many_keys")
+    LOAD_IN_PROGRESS = (409, "conflict_error", "load_in_progress")
+    NO_PREVIOUS_VERSION = (409, "conflict_error", "no_previous_version")
+    VERSION_IN_USE = (409, "conflict_error", "version_in_use")
+    STORAGE_FULL = (409, "conflict_error", "storage_full")
     ADAPTER_QUOTA = (409, "conflict_error", "adapter_quota_exceeded")
     TOO_LARGE = (413, "invalid_request_error", "request_too_large")
     OVERLOADED = (429, "overloaded_error", "queue_full")
@@ -39,6 +43,7 @@ class ErrorKind(Enum):
     CLIENT_GONE = (499, "invalid_request_error", "client_closed_request")
     INTERNAL = (500, "server_error", "internal_error")
     STOPPING = (503, "server_error", "shutting_down")
+    SOURCE_DOWN = (503, "server_error", "source_unavailable")
     CATALOGUE_DOWN = (503, "server_error", "catalogue_unavailable")
 
     def __init__(self, status: int, error_type: str, code: str) -> None:

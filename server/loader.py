@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from time import perf_counter
 from typing import ParamSpec, TypeVar
 
 from molex.adapter import BARE, Adapter
-from server.adapters import AdapterStore, ServedAdapter
+from server.adapters import AdapterStore
 from server.errors import ErrorKind, ServiceError
 from server.metrics import Metrics
 from server.pool import Pool
+from server.served import ServedAdapter
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,6 +30,8 @@ class Loader:
         self._metrics = metrics
         self._pool = Pool(threads, "loader")
         self._loads: dict[ServedAdapter, asyncio.Task[Adapter]] = {}
+        self.restore: Callable[[ServedAdapter], Awaitable[None]] = _is_there
+        """Brings the files of an adapter back to the disk, if they have left it."""
         self._turn = asyncio.Lock()
 
     def begin(self, served: ServedAdapter | None) -> asyncio.Future[Adapter]:
@@ -52,6 +55,11 @@ class Loader:
         """Run what reads adapters on one of the threads."""
         return await self._pool.run(function, *args, **kwargs)
 
+    async def settled(self, served: Iterable[ServedAdapter]) -> None:
+        """Wait for the loads of some adapters that are under way."""
+        loads = [self._loads[one] for one in served if one in self._loads]
+        await asyncio.gather(*map(asyncio.shield, loads), return_exceptions=True)
+
     def close(self) -> None:
         self._pool.close()
 
@@ -59,6 +67,7 @@ class Loader:
         begun = perf_counter()
         result = "failed"
         try:
+            await self.restore(served)
             await self._room_for(served)
             adapter = await self.run(self._adapters.read_again, served)
             result = "loaded"
@@ -81,3 +90,7 @@ class Loader:
         except TimeoutError as error:
             message = f"no room in memory for the adapter {served.name!r}: requests use all that are there"
             raise ServiceError(ErrorKind.OVERLOADED, message, retry_after=1) from error
+
+
+async def _is_there(_: ServedAdapter) -> None:
+    """For adapters that are read in place."""

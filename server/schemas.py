@@ -11,7 +11,7 @@ from typing import Annotated, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.catalogue.records import Scope
-from server.settings import FULL_NAME_PATTERN, MAX_FULL_NAME, MAX_INPUTS
+from server.settings import ALIAS_PATTERN, FULL_NAME_PATTERN, MAX_FULL_NAME, MAX_INPUTS
 
 MAX_TEXT = 4_194_304
 """Characters. More than that is no prompt: the longest sequence has a million tokens."""
@@ -120,15 +120,40 @@ class EmbeddingsRequest(Body):
         return [self.input] if isinstance(self.input, str) else self.input
 
 
-class PutAdapterRequest(Body):
-    """`PUT /v1/adapters/{name}`. `source` is a folder under the adapter root; `base` is found if left out.
+AliasName = Annotated[str, Field(pattern=ALIAS_PATTERN)]
+VersionNumber = Annotated[int, Field(ge=1, le=2**53)]
 
-    `pinned`: once in memory, the adapter is not evicted.
+
+class PutAdapterRequest(Body):
+    """`PUT /v1/adapters/{name}`. `base` is found if left out.
+
+    `source` is a folder under the adapter root, by its path or as `file://…`, or what the operator allows of
+    `hf://ORG/REPO@REVISION` and of object stores (`s3://BUCKET/PREFIX`). `pinned`: once in memory, the
+    adapter is not evicted.
     """
 
     source: Source
     base: ModelName | None = None
     pinned: bool = False
+
+
+class UploadFields(Body):
+    """What may stand beside the files of `PUT /v1/adapters/{name}`, as text."""
+
+    base: ModelName | None = None
+    pinned: Literal["true", "false"] = "false"
+
+
+class RollbackRequest(Body):
+    """`POST /v1/adapters/{name}/rollback`. A number or an alias; by default the version before."""
+
+    version: VersionNumber | AliasName | None = None
+
+
+class AliasRequest(Body):
+    """`PUT /v1/adapters/{name}/aliases/{alias}`. A number, or another alias, which is not followed later."""
+
+    version: VersionNumber | AliasName
 
 
 class LoadLoraRequest(Body):

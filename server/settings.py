@@ -24,6 +24,11 @@ FULL_NAME_PATTERN = r"^([a-z0-9][a-z0-9._-]{0,62}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,
 MAX_FULL_NAME = 192
 MAX_INPUTS = 4096
 """What `max_inputs` may be set to at most."""
+ALIAS_PATTERN = r"^[A-Za-z][A-Za-z0-9._-]{0,62}$"
+"""Names of versions: never the same as a number."""
+
+SOURCE_PATTERN = r"^(hf|s3|gs|az)://[A-Za-z0-9][A-Za-z0-9._=/{}@-]*$"
+"""Prefixes of what may be fetched. A store cannot be named whole, nor may a web server."""
 
 
 class CatalogueSettings(BaseSettings):
@@ -78,6 +83,18 @@ class Settings(CatalogueSettings):
     adapter_root: Path | None = Field(
         None, description="Folder that HTTP callers may load adapters from. Default: --adapters."
     )
+    storage: Path | None = Field(
+        None,
+        description="Folder for private copies of adapters that come over HTTP; no two servers share one. "
+        "Without it they last as long as the process.",
+    )
+    sources: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Where adapters may be fetched from over HTTP, a prefix such as hf://ORG/ or "
+        "s3://BUCKET/{tenant}/, in which {tenant} is the tenant that asks. Default: nowhere. Repeatable; "
+        "separated by commas in MOLEX_SOURCES.",
+        json_schema_extra={"flag": "--source"},
+    )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     admin_host: str = Field("127.0.0.1", description="Address of the second listener.")
@@ -129,8 +146,24 @@ class Settings(CatalogueSettings):
     )
     max_inputs: int = Field(256, ge=1, le=MAX_INPUTS, description="Texts or prompts in one request.")
     max_body_bytes: int = Field(4_194_304, ge=1024, le=1_073_741_824, description="Largest request body.")
+    max_adapter_bytes: int = Field(
+        268_435_456,
+        ge=1024,
+        le=2**40,
+        description="Largest file of an adapter that is uploaded, copied or fetched.",
+    )
+    max_storage_bytes: int = Field(
+        17_179_869_184,
+        ge=1024,
+        le=2**50,
+        description="Disk space for copies of adapters; the least recently used of those that can be fetched "
+        "again go.",
+    )
     max_adapters: int = Field(
-        10_000, ge=1, le=1_000_000, description="Adapters registered at a time, in memory or not."
+        10_000,
+        ge=1,
+        le=1_000_000,
+        description="Versions of adapters registered at a time, in memory or not.",
     )
     max_resident_adapters: int = Field(
         1024, ge=1, le=1_000_000, description="Adapters in memory at a time; the least recently used go."
@@ -163,6 +196,15 @@ class Settings(CatalogueSettings):
                 raise ValueError(f"two bases are named {name!r}")
             bases[name] = source
         return bases
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _parse_sources(cls, value: Any) -> Any:
+        prefixes = [part for part in value.split(",") if part] if isinstance(value, str) else list(value)
+        for prefix in prefixes:
+            if not re.fullmatch(SOURCE_PATTERN, prefix):
+                raise ValueError(f"{prefix!r} is no prefix of sources: hf://ORG/ or s3://BUCKET/PREFIX/")
+        return tuple(prefixes)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

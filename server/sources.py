@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from molex.adapter import Adapter
 from molex.adapter_file import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, parse_adapter, read_files
@@ -24,15 +28,15 @@ class Sources:
         self._root = None if root is None else root.resolve()
 
     def resolve(self, source: str, tenant: str = "") -> Path:
-        """The folder that a caller means. Neither it nor its files may lie outside the root of its tenant.
+        """The folder that a caller means, by its path or as `file://…`.
 
-        Raises ServiceError.
+        Neither it nor its files may lie outside the root of its tenant. Raises ServiceError.
         """
         if self._root is None:
             message = "loading over HTTP is off: start the server with --adapters or --adapter-root"
             raise ServiceError(ErrorKind.FORBIDDEN_SOURCE, message)
         root = self._root / tenant
-        folder = root / source
+        folder = root / _path(source)
         try:
             parts = [path.resolve() for path in (folder, folder / CONFIG_NAME, folder / WEIGHTS_NAME)]
             inside = all(part.is_relative_to(root) for part in parts) and root.is_relative_to(self._root)
@@ -56,6 +60,22 @@ class Sources:
             files = read_files(folder)
         except AdapterError as error:
             raise ServiceError(ErrorKind.BAD_ADAPTER, str(error), param=error.subject) from error
+        return self.fit(files, base)
+
+    def copy(self, folder: Path, max_bytes: int) -> AdapterFiles:
+        """The files of a folder that a caller named. Raises ServiceError naming the file at fault.
+
+        They are opened without following links, whatever has become of the folder since `resolve`.
+        """
+        descriptor = _open(folder.name, folder, os.O_DIRECTORY)
+        try:
+            names = (CONFIG_NAME, WEIGHTS_NAME)
+            return AdapterFiles(*(_read_regular(descriptor, name, max_bytes) for name in names))
+        finally:
+            os.close(descriptor)
+
+    def fit(self, files: AdapterFiles, base: str | None) -> tuple[str, Adapter]:
+        """The adapter in some files and the base that it fits, as in `read`."""
         fits: dict[str, Adapter] = {}
         problems: dict[str, AdapterError] = {}
         for name in [base] if base is not None else self._candidates(files):
@@ -75,16 +95,17 @@ class Sources:
         reasons = "; ".join(f"{name}: {error}" for name, error in problems.items())
         raise ServiceError(ErrorKind.BAD_ADAPTER, f"the adapter fits no base ({reasons})")
 
-    def read_again(self, folder: Path, base: str, digest: str) -> Adapter:
-        """The adapter that `read` found in a folder before; its values are not checked again.
+    def read_again(self, folder: Path, base: str, digest: str, *, validated: bool) -> Adapter:
+        """The adapter in a folder that is known already.
 
-        Raises AdapterError where the files cannot be read or have another digest by now.
+        `validated`: this process has checked its values. Raises AdapterError where the files cannot be read
+        or have another digest by now.
         """
         model = self._models[base]
         files = read_files(folder)
         if files.digest != digest:
             raise AdapterError("digest", "the files have changed since they were loaded")
-        return parse_adapter(files, model.spec, model.dtype, model.device, validated=True)
+        return parse_adapter(files, model.spec, model.dtype, model.device, validated=validated)
 
     def _candidates(self, files: AdapterFiles) -> list[str]:
         """The base that the adapter's config names, if it is served; otherwise all of them."""
@@ -94,3 +115,33 @@ class Sources:
         except (ValueError, TypeError, KeyError, RecursionError):
             named = ""
         return [named] if named in self._models else list(self._models)
+
+
+def _path(source: str) -> str:
+    return unquote(urlsplit(source).path) if source.startswith("file://") else source
+
+
+def _open(name: str, path: str | Path, flags: int, folder: int | None = None) -> int:
+    """Open for reading what is no link. Raises ServiceError, which says `name`."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | flags, dir_fd=folder)
+    except OSError as error:
+        why = "is a link" if error.errno == errno.ELOOP else f"cannot be read ({error.strerror})"
+        raise ServiceError(ErrorKind.BAD_ADAPTER, f"{name}: {why}", param=name) from error
+
+
+def _read_regular(folder: int, name: str, max_bytes: int) -> bytes:
+    """A file of an open folder: no link, no pipe, and of bounded size."""
+    # A pipe would otherwise be waited for.
+    descriptor = _open(name, name, os.O_NONBLOCK, folder)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ServiceError(ErrorKind.BAD_ADAPTER, f"{name}: is no regular file", param=name)
+        if found.st_size > max_bytes:
+            message = f"{name}: has {found.st_size} bytes; max_adapter_bytes is {max_bytes}"
+            raise ServiceError(ErrorKind.TOO_LARGE, message, param=name)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(max_bytes)
+    finally:
+        os.close(descriptor)

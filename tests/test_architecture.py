@@ -14,7 +14,7 @@ NAMES = re.findall(r"`([^`\n]+)`", (PROJECT / "docs" / "architecture.md").read_t
 
 
 def _trees() -> Iterator[ast.Module]:
-    for package in ("molex", "server"):
+    for package in ("molex", "molex_client", "server"):
         for path in (PROJECT / package).rglob("*.py"):
             yield ast.parse(path.read_text(encoding="utf-8"))
 

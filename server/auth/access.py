@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from contextlib import suppress
-from typing import Any
 
 from server.auth.authenticator import Authenticator
 from server.auth.caller import ANYONE, Caller
@@ -29,7 +28,7 @@ class Access:
         self.quotas = Quotas()
         self.admin_port: int | None = None
         """Where the second listener listens, once it does."""
-        self._catalogue = catalogue
+        self.shared_catalogue = catalogue
         self._authenticator = None if catalogue is None else Authenticator(catalogue)
         self._watch: asyncio.Task[None] | None = None
 
@@ -41,10 +40,10 @@ class Access:
     @property
     def catalogue(self) -> Catalogue:
         """Raises ServiceError (404) where there is none."""
-        if self._catalogue is None:
+        if self.shared_catalogue is None:
             message = "this server has no catalogue of tenants: start it with --database"
             raise ServiceError(ErrorKind.NOT_FOUND, message)
-        return self._catalogue
+        return self.shared_catalogue
 
     async def start(self) -> None:
         """Raises ServiceError (503) where the catalogue cannot be reached."""
@@ -60,8 +59,8 @@ class Access:
             self._watch.cancel()
             with suppress(asyncio.CancelledError):
                 await self._watch
-        if self._catalogue is not None:
-            await self._catalogue.close()
+        if self.shared_catalogue is not None:
+            await self.shared_catalogue.close()
 
     async def identify(self, authorization: str | None) -> Caller:
         """Who sent a request with this header; anyone where no keys are needed. Raises ServiceError."""
@@ -77,16 +76,3 @@ class Access:
         """Make a change of `key:ID` or `tenant:NAME` count at once."""
         if self._authenticator is not None:
             self._authenticator.forget(subject)
-
-    async def record(self, caller: Caller, action: str, subject: str, **detail: Any) -> None:
-        """Add to the audit log what a caller has done.
-
-        Where the catalogue is down the deed stands, since adapters have to be manageable then, and the
-        server's log has the entry.
-        """
-        if self._catalogue is None:
-            return
-        try:
-            await self._catalogue.record(caller.key_id or "server", action, subject, detail)
-        except ServiceError:
-            log.exception("not in the audit log: %s %s %s %s", caller.key_id, action, subject, detail)

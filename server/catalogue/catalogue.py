@@ -36,6 +36,10 @@ class Catalogue:
     async def close(self) -> None:
         await self._engine.dispose()
 
+    def now(self) -> int:
+        """Seconds since the epoch."""
+        return int(self._clock())
+
     def is_secret(self, token: str, key: ApiKey) -> bool:
         """Whether a token is that of a key."""
         return tokens.matches(token, self._pepper, key.digest)
@@ -43,22 +47,22 @@ class Catalogue:
     async def set_tenant(self, name: str, quota: Mapping[str, int | None], *, actor: str) -> Tenant:
         """Create a tenant, or change the limits that are given."""
         _check_label(name, "tenant")
-        async with self._writing() as connection:
+        async with self.writing() as connection:
             known = await _tenant(connection, name)
             if known is None:
-                row = {"name": name, "created": int(self._clock()), **quota}
+                row = {"name": name, "created": self.now(), **quota}
                 await connection.execute(insert(tenants).values(row))
             elif quota:
                 await connection.execute(update(tenants).where(tenants.c.name == name).values(quota))
             action = "tenant.create" if known is None else "tenant.change"
-            await self._append(connection, actor, action, f"tenant:{name}", quota)
+            await self.append(connection, actor, action, f"tenant:{name}", quota)
             tenant = await _tenant(connection, name)
         assert tenant is not None
         return tenant
 
     async def tenants(self) -> list[Tenant]:
         """Every tenant, by name."""
-        async with self._reading() as connection:
+        async with self.reading() as connection:
             return [_to_tenant(row) for row in await connection.execute(select(tenants).order_by("name"))]
 
     async def create_key(
@@ -75,14 +79,14 @@ class Catalogue:
         Refused where two keys of this tenant and name are live: one is to be revoked first.
         """
         _check_label(name, "name")
-        now = int(self._clock())
+        now = self.now()
         if not scopes:
             _refuse(ErrorKind.INVALID_REQUEST, "a key needs at least one scope", "scopes")
         if expires is not None and expires <= now:
             _refuse(ErrorKind.INVALID_REQUEST, "the key would have expired already", "expires")
         key_id, token = tokens.new_token()
         key = ApiKey(key_id, tenant, name, tokens.digest(token, self._pepper), scopes, now, expires, None)
-        async with self._writing() as connection:
+        async with self.writing() as connection:
             if await _tenant(connection, tenant) is None:
                 _refuse(ErrorKind.TENANT_NOT_FOUND, f"no tenant is named {tenant!r}", "tenant")
             named = (api_keys.c.tenant == tenant) & (api_keys.c.name == name)
@@ -94,7 +98,7 @@ class Catalogue:
             spelled = vars(key) | {"scopes": " ".join(sorted(scopes))}
             await connection.execute(insert(api_keys).values(spelled))
             detail = {"tenant": tenant, "name": name, "scopes": sorted(scopes), "expires": expires}
-            await self._append(connection, actor, "key.create", f"key:{key_id}", detail)
+            await self.append(connection, actor, "key.create", f"key:{key_id}", detail)
         return key, token
 
     async def keys(self, tenant: str | None = None) -> list[ApiKey]:
@@ -102,57 +106,58 @@ class Catalogue:
         query = select(api_keys).order_by(api_keys.c.created, api_keys.c.id)
         if tenant is not None:
             query = query.where(api_keys.c.tenant == tenant)
-        async with self._reading() as connection:
+        async with self.reading() as connection:
             return [_to_key(row) for row in await connection.execute(query)]
 
     async def revoke(self, key_id: str, *, actor: str) -> ApiKey:
         """End a key for good. Revoking it again changes nothing."""
-        async with self._writing() as connection:
+        async with self.writing() as connection:
             found = await _key(connection, key_id)
             if found is None:
                 _refuse(ErrorKind.KEY_NOT_FOUND, f"no key has the id {key_id!r}", "key")
             if found.revoked is None:
-                row = update(api_keys).where(api_keys.c.id == key_id).values(revoked=int(self._clock()))
+                row = update(api_keys).where(api_keys.c.id == key_id).values(revoked=self.now())
                 await connection.execute(row)
                 detail = {"tenant": found.tenant, "name": found.name}
-                await self._append(connection, actor, "key.revoke", f"key:{key_id}", detail)
+                await self.append(connection, actor, "key.revoke", f"key:{key_id}", detail)
                 found = await _key(connection, key_id)
         assert found is not None
         return found
 
     async def find_key(self, key_id: str) -> tuple[ApiKey, Tenant] | None:
         """A key and its tenant."""
-        async with self._reading() as connection:
+        async with self.reading() as connection:
             key = await _key(connection, key_id)
             tenant = await _tenant(connection, key.tenant) if key else None
         return (key, tenant) if key and tenant else None
 
     async def record(self, actor: str, action: str, subject: str, detail: Mapping[str, Any]) -> None:
         """Add an audit entry for what happened elsewhere."""
-        async with self._writing() as connection:
-            await self._append(connection, actor, action, subject, detail)
+        async with self.writing() as connection:
+            await self.append(connection, actor, action, subject, detail)
 
     async def last_entry(self) -> int:
         """The number of the newest audit entry; 0 where there is none."""
-        async with self._reading() as connection:
+        async with self.reading() as connection:
             number: int = (await connection.execute(select(audit_head.c.number))).scalar_one()
             return number
 
     async def entries(self, after: int = 0, limit: int | None = None) -> list[AuditEntry]:
         """Audit entries after the one of a number, oldest first."""
         query = select(audit_entries).where(audit_entries.c.number > after).order_by("number").limit(limit)
-        async with self._reading() as connection:
+        async with self.reading() as connection:
             return list(audit.entries_of(await connection.execute(query)))
 
     async def verify(self) -> tuple[int, str, str | None]:
         """Number and hash of the newest audit entry, and what is wrong with the log, if anything is."""
-        async with self._writing() as connection:
+        async with self.writing() as connection:
             number, newest = (await connection.execute(select(audit_head.c.number, audit_head.c.hash))).one()
             rows = await connection.execute(select(audit_entries).order_by("number"))
             return number, newest, audit.first_broken(audit.entries_of(rows), (number, newest))
 
     @asynccontextmanager
-    async def _reading(self) -> AsyncIterator[AsyncConnection]:
+    async def reading(self) -> AsyncIterator[AsyncConnection]:
+        """A connection for queries."""
         try:
             async with self._engine.connect() as connection:
                 yield connection
@@ -161,16 +166,17 @@ class Catalogue:
             raise ServiceError(ErrorKind.CATALOGUE_DOWN, message, retry_after=5) from error
 
     @asynccontextmanager
-    async def _writing(self) -> AsyncIterator[AsyncConnection]:
+    async def writing(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that no other writer overlaps."""
-        async with self._reading() as connection, connection.begin():
+        async with self.reading() as connection, connection.begin():
             await audit.lock(connection)
             yield connection
 
-    async def _append(
+    async def append(
         self, connection: AsyncConnection, actor: str, action: str, subject: str, detail: Mapping[str, Any]
     ) -> None:
-        now = int(self._clock())
+        """Add an audit entry to the transaction of a change."""
+        now = self.now()
         await audit.append(connection, time=now, actor=actor, action=action, subject=subject, detail=detail)
 
 

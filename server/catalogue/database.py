@@ -7,6 +7,8 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
@@ -35,21 +37,53 @@ def migrate(url: URL) -> None:
     """
     engine = create_engine(_sync(url), **_options(url))
     _prepare(engine)
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
+    config = _config()
     try:
         with engine.connect().execution_options(sqlite_begin=IMMEDIATE) as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
             connection.commit()
     except DBAPIError as error:
-        message = f"the catalogue cannot be opened: {error.orig}"
-        raise ServiceError(ErrorKind.CATALOGUE_DOWN, message) from error
+        raise _unopened(error) from error
     except CommandError as error:
-        message = "the catalogue was made by a newer version of molex-serve"
-        raise ServiceError(ErrorKind.CATALOGUE_DOWN, message) from error
+        raise _newer() from error
     finally:
         engine.dispose()
+
+
+def schema_revisions(url: URL) -> tuple[str | None, str]:
+    """The schema's revision, None for an empty database, and that of this version; changes nothing.
+
+    Raises ServiceError as `migrate` does.
+    """
+    engine = create_engine(_sync(url), **_options(url))
+    known = ScriptDirectory.from_config(_config())
+    try:
+        with engine.connect() as connection:
+            current = MigrationContext.configure(connection).get_current_revision()
+        if current is not None:
+            known.get_revision(current)
+    except DBAPIError as error:
+        raise _unopened(error) from error
+    except CommandError as error:
+        raise _newer() from error
+    finally:
+        engine.dispose()
+    return current, str(known.get_current_head())
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    return config
+
+
+def _unopened(error: DBAPIError) -> ServiceError:
+    return ServiceError(ErrorKind.CATALOGUE_DOWN, f"the catalogue cannot be opened: {error.orig}")
+
+
+def _newer() -> ServiceError:
+    return ServiceError(ErrorKind.CATALOGUE_DOWN, "the catalogue was made by a newer version of molex-serve")
 
 
 def _sync(url: URL) -> URL:

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, CheckConstraint, Column, ForeignKey, MetaData, String, Table, Text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
 
 METADATA = MetaData(
     naming_convention={
@@ -36,6 +46,46 @@ api_keys = Table(
     Column("created", BigInteger, nullable=False),
     Column("expires", BigInteger),
     Column("revoked", BigInteger),
+)
+
+# `last` is the newest number that was given to a version: no number means two things, ever.
+adapters = Table(
+    "adapters",
+    METADATA,
+    Column("name", String(192), primary_key=True),
+    Column("tenant", String(64), ForeignKey("tenants.name"), index=True),
+    Column("current", BigInteger),
+    Column("last", BigInteger, nullable=False),
+)
+
+# What `labels` and `config` hold is JSON. All that is null is not known before the files were read.
+adapter_versions = Table(
+    "adapter_versions",
+    METADATA,
+    Column("adapter", String(192), ForeignKey("adapters.name"), primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("source", Text, nullable=False),
+    Column("base", String(128)),
+    Column("pinned", Boolean, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("reason", Text),
+    Column("digest", String(80)),
+    Column("size", BigInteger),
+    Column("kind", String(16)),
+    Column("task", String(16)),
+    Column("labels", Text),
+    Column("config", Text),
+    Column("actor", String(64), nullable=False),
+    Column("created", BigInteger, nullable=False),
+    Column("updated", BigInteger, nullable=False),
+)
+
+adapter_aliases = Table(
+    "adapter_aliases",
+    METADATA,
+    Column("adapter", String(192), ForeignKey("adapters.name"), primary_key=True),
+    Column("alias", String(64), primary_key=True),
+    Column("number", BigInteger, nullable=False),
 )
 
 audit_entries = Table(

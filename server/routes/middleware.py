@@ -14,9 +14,13 @@ from server.errors import ErrorKind, internal_error
 from server.metrics import Metrics
 from server.routes.errors import answer
 from server.routes.timing import route_template
+from server.settings import Settings
 
 PROBES = ("/livez", "/readyz", "/metrics")
 """Routes that machines ask every few seconds; their log lines are for debugging only."""
+
+UPLOAD_EXTRA = 2_097_152
+"""What an upload may have besides its weights: a configuration, and what multipart adds."""
 
 log = logging.getLogger("server.access")
 
@@ -75,33 +79,46 @@ class Observer:
 
 
 class BodyLimit:
-    """Refuses bodies of more than `max_bytes`, when they are read: by their header or by what has come.
+    """Refuses bodies that are too large, when they are read: by their header or by what has come.
 
     So the route that reads one spells the refusal in its own shape.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._max_bytes = max_bytes
-        self._message = f"the body has more than {max_bytes} bytes"
+        self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        headers, limit = Headers(scope=scope), self._settings.max_body_bytes
+        if _is_upload(scope, headers):
+            limit = self._settings.max_adapter_bytes + UPLOAD_EXTRA
+        message = f"the body has more than {limit} bytes"
         # The HTTP parser has refused a header that is no number.
-        announced = int(Headers(scope=scope).get("content-length", "0"))
-        too_large = HTTPException(ErrorKind.TOO_LARGE.status, self._message)
+        announced = int(headers.get("content-length", "0"))
+        too_large = HTTPException(ErrorKind.TOO_LARGE.status, message)
         size = 0
 
         async def counted_receive() -> Message:
             nonlocal size
-            if announced > self._max_bytes:
+            if announced > limit:
                 raise too_large
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self._max_bytes:
+            part = await receive()
+            size += len(part.get("body", b""))
+            if size > limit:
                 raise too_large
-            return message
+            return part
 
         await self._app(scope, counted_receive, send)
+
+
+def _is_upload(scope: Scope, headers: Headers) -> bool:
+    """Whether a request brings the files of an adapter."""
+    kind = headers.get("content-type", "")
+    return (
+        scope["method"] == "PUT"
+        and scope["path"].startswith("/v1/adapters/")
+        and kind.startswith("multipart/form-data")
+    )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from server.adapters import ServedAdapter
 from server.base import Base
 from server.deps import EngineDep, find_adapter, visible
 from server.errors import model_not_found
 from server.routes.access import Infer
 from server.schemas import ModelName
+from server.served import ServedAdapter
 
 router = APIRouter(tags=["models"])
 

@@ -15,10 +15,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, ValidationError
 
-from server.deps import AccessDep, EngineDep, Target, encoder, find_target, visible
+from server.deps import EngineDep, LoadsDep, Target, encoder, find_target, visible
 from server.errors import ErrorKind, ServiceError
 from server.routes.access import OPEN, Infer, ReadAdapters, WriteAdapters
-from server.routes.adapters import Name, load_adapter, remove_adapter
+from server.routes.adapters import Name, load_source
 from server.routes.answers import InferResponse, V2Error
 from server.routes.embeddings import normalized
 from server.routes.errors import error_answers, error_route
@@ -229,25 +229,22 @@ async def repository_index(request: Request, engine: EngineDep, caller: ReadAdap
 
 
 @router.post("/v2/repository/models/{model:path}/load", response_class=Response, **_documented(LoadRequest))
-async def load_model(
-    model: Name, request: Request, engine: EngineDep, access: AccessDep, caller: WriteAdapters
-) -> Response:
-    """Load an adapter, or replace the one of this name."""
+async def load_model(model: Name, request: Request, loads: LoadsDep, caller: WriteAdapters) -> Response:
+    """Load an adapter, or a new version of the one of this name."""
     parameters = _parse(LoadRequest, await request.body()).parameters
     source = parameters.source or model.rpartition("/")[2]
-    await load_adapter(engine, access, caller, model, source, parameters.base)
+    load = await load_source(loads, caller, model, source, parameters.base)
+    await load.wait(None)
     return Response()
 
 
 @router.post(
     "/v2/repository/models/{model:path}/unload", response_class=Response, **_documented(UnloadRequest)
 )
-async def unload_model(
-    model: Name, request: Request, engine: EngineDep, access: AccessDep, caller: WriteAdapters
-) -> Response:
+async def unload_model(model: Name, request: Request, loads: LoadsDep, caller: WriteAdapters) -> Response:
     """Stop serving an adapter; requests in flight finish."""
     _parse(UnloadRequest, await request.body())
-    await remove_adapter(engine, access, caller, model)
+    await loads.remove(caller, model)
     return Response()
 
 

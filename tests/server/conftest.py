@@ -24,6 +24,7 @@ from server.catalogue.database import migrate
 from server.catalogue.url import parse_url
 from server.cli import Server
 from server.engine import Engine
+from server.registry.registry import Registry
 from server.runner import StepOutput
 from server.sequence import Sequence
 from server.settings import Settings
@@ -43,6 +44,7 @@ class Live:
     admin_url: str
     """Of the second listener, or else of the only one."""
     http: httpx.Client
+    registry: Registry
 
     def post(self, path: str, body: Any) -> httpx.Response:
         """Unlike httpx itself, this can send half a surrogate pair."""
@@ -111,7 +113,7 @@ def live_server(settings: Settings) -> Iterator[Live]:
     assert server.listening.wait(60)
     try:
         with httpx.Client(base_url=server.url(0), timeout=60) as http:
-            yield Live(engine, server.url(0), server.url(-1), http)
+            yield Live(engine, server.url(0), server.url(-1), http, server.config.app.state.registry)
     finally:
         server.should_exit = True
         thread.join(60)

@@ -160,47 +160,6 @@ def test_removing_forgets_the_name(store, root):
     assert refusal(store.remove, "x").kind is ErrorKind.ADAPTER_NOT_FOUND
 
 
-def test_callers_name_folders_by_relative_or_absolute_path(store, root):
-    assert store.load_for_caller("x", "topic", None)[0].source == "topic"
-    assert store.load_for_caller("y", str(root / "mood"), None)[0].base == "enc"
-
-
-@pytest.fixture
-def outside(root, tmp_path):
-    shutil.copytree(root / "topic", tmp_path / "outside")
-    return tmp_path / "outside"
-
-
-def test_callers_cannot_leave_the_root_by_path(store, outside):
-    for source in (str(outside), "../outside", "topic/../../outside", "/etc", ".."):
-        assert refusal(store.load_for_caller, "x", source, None).kind is ErrorKind.FORBIDDEN_SOURCE
-
-
-def test_callers_cannot_leave_the_root_by_link(store, root, outside):
-    (root / "link").symlink_to(outside)
-    assert refusal(store.load_for_caller, "x", "link", None).kind is ErrorKind.FORBIDDEN_SOURCE
-    weights = root / "topic" / "adapter_model.safetensors"
-    weights.unlink()
-    weights.symlink_to(outside / "adapter_model.safetensors")
-    assert refusal(store.load_for_caller, "x", "topic", None).kind is ErrorKind.FORBIDDEN_SOURCE
-
-
-@pytest.mark.parametrize("source", ["nowhere", "topic/adapter_config.json", "x" * 1000, "a\0b"])
-def test_a_source_that_is_no_folder_is_refused(store, source):
-    error = refusal(store.load_for_caller, "x", source, None)
-    assert (error.kind, error.param) == (ErrorKind.NO_SOURCE, "source")
-
-
-def test_a_link_to_itself_is_refused(store, root):
-    (root / "loop").symlink_to(root / "loop")
-    assert refusal(store.load_for_caller, "x", "loop", None).kind.status == 400
-
-
-def test_without_a_root_callers_load_nothing(make_store):
-    store = make_store(adapters=None)
-    assert refusal(store.load_for_caller, "x", "topic", None).kind is ErrorKind.FORBIDDEN_SOURCE
-
-
 def test_bases_of_one_family_are_told_apart_by_shape(models, root, make_store, tmp_path):
     bert = tiny_base("bert", tmp_path / "bert")
     both = {"bert": type(models["enc"]).from_pretrained(bert), "enc": models["enc"]}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,8 +16,8 @@ from typer.testing import CliRunner
 
 from server.cli import app
 from tests.server.conftest import PEPPER
+from tests.server.processes import started, stopped
 
-COMMAND = [sys.executable, "-c", "from server.cli import app; app()"]
 WRITER = """
 import asyncio, sys
 from server.catalogue.catalogue import Catalogue
@@ -58,25 +56,9 @@ def molex(environment) -> Callable[..., str]:
 @contextmanager
 def serving(environment: dict[str, str], *options: str) -> Iterator[tuple[str, str]]:
     """The URLs of the first and the second listener of a server."""
-    command = [*COMMAND, "serve", "--port", "0", "--admin-port", "0", *options]
-    child = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    try:
-        greeting = ""
-        while "/metrics" not in greeting:
-            line = child.stdout.readline()
-            assert line, child.communicate()
-            greeting += line
-        urls = re.findall(r"http://127.0.0.1:\d+", greeting)
+    with started(environment, "--admin-port", "0", *options) as (child, urls):
         yield urls[0], urls[-1]
-        child.send_signal(signal.SIGTERM)
-        _, errors = child.communicate(timeout=60)
-        assert "Traceback" not in errors
-    finally:
-        child.kill()
-        child.communicate()
+        assert "Traceback" not in stopped(child)
 
 
 def test_a_key_of_one_process_opens_another_until_it_is_revoked(environment, molex, bases):

@@ -80,7 +80,7 @@ def test_every_setting_is_an_option():
     result = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
     assert "pepper" not in result.output
     for name in Settings.model_fields.keys() - {"pepper"}:
-        flag = "--base" if name == "bases" else "--" + name.replace("_", "-")
+        flag = {"bases": "--base", "sources": "--source"}.get(name, "--" + name.replace("_", "-"))
         assert flag in result.output
 
 
@@ -104,7 +104,19 @@ def test_bad_options_are_refused_in_one_line(arguments, code, words, monkeypatch
 
 def test_the_other_commands_are_there():
     result = CliRunner().invoke(app, ["--help"])
-    for command in ("serve", "train", "evaluate", "convert", "merge", "config", "tenant", "key", "audit"):
+    for command in (
+        "serve",
+        "train",
+        "evaluate",
+        "convert",
+        "merge",
+        "config",
+        "doctor",
+        "adapter",
+        "tenant",
+        "key",
+        "audit",
+    ):
         assert command in result.output
 
 

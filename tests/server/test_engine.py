@@ -380,7 +380,7 @@ def test_a_reload_under_traffic_leaves_running_requests_on_their_weights(
         write_adapter(adapter, adapters_folder / f"shifting-{seed}")
 
     def put(seed: int) -> str:
-        answer = live.http.put("/v1/adapters/shifting", json={"source": f"shifting-{seed}"})
+        answer = live.http.put("/v1/adapters/shifting?wait=60", json={"source": f"shifting-{seed}"})
         return answer.json()["digest"]
 
     old = put(70)

@@ -82,10 +82,10 @@ def test_a_generation_is_counted_in_tokens(live, stream):
 
 def test_loads_are_counted_by_result(live):
     def work():
-        live.http.put("/v1/adapters/x", json={"source": "topic"})
-        live.http.put("/v1/adapters/x", json={"source": "topic", "base": "dec"})
+        live.http.put("/v1/adapters/x?wait=60", json={"source": "topic"})
+        live.http.put("/v1/adapters/x?wait=60", json={"source": "topic", "base": "dec"})
         live.http.delete("/v1/adapters/x")
-        live.http.put("/v1/adapters/y", json={"source": "mood"})
+        live.http.put("/v1/adapters/y?wait=60", json={"source": "mood"})
 
     change = changes(live, work)
     assert change['molex_adapter_loads_total{base="enc",result="loaded"}'] == 2
@@ -97,7 +97,7 @@ def test_memory_is_counted_by_kind(live):
     sizes = {}
 
     def work():
-        live.http.put("/v1/adapters/x", json={"source": "topic"})
+        live.http.put("/v1/adapters/x?wait=60", json={"source": "topic"})
         sizes["x"] = live.http.get("/v1/adapters/x").json()["bytes"]
 
     change = changes(live, work)

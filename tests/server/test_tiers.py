@@ -116,7 +116,7 @@ def test_a_folder_that_is_no_longer_what_it_was_fails_alone(tight, folder, damag
     assert tight.http.get("/v1/adapters/mood").json()["digest"] == digest
     assert tight.metrics()['molex_cold_load_seconds_count{base="enc",result="failed"}'] == 2
     if damage == "changed":
-        assert tight.http.put("/v1/adapters/mood", json={"source": "mood"}).status_code == 200
+        assert tight.http.put("/v1/adapters/mood?wait=60", json={"source": "mood"}).status_code == 200
         assert ask(tight, "mood").json()["adapter_digest"] != digest
     else:
         (folder.parent / "mood").rename(spoilt)
@@ -153,12 +153,12 @@ def test_what_is_deleted_takes_memory_until_its_requests_have_ended(tight, threa
 
 
 def test_a_pinned_adapter_is_never_read_again(tight):
-    card = tight.http.put("/v1/adapters/mood", json={"source": "mood", "pinned": True}).json()
+    card = tight.http.put("/v1/adapters/mood?wait=60", json={"source": "mood", "pinned": True}).json()
     assert (card["pinned"], card["resident"]) == (True, True)
     for name in ("topic", "rank2", "judge", "writer", "mood"):
         assert ask(tight, name).status_code == 200
         assert "mood" in resident(tight)
-    second = tight.http.put("/v1/adapters/topic", json={"source": "topic", "pinned": True})
+    second = tight.http.put("/v1/adapters/topic?wait=60", json={"source": "topic", "pinned": True})
     assert (second.status_code, second.json()["error"]["code"]) == (409, "too_many_adapters")
 
 

@@ -22,7 +22,7 @@ def put(live):
 
     def load(name: str, source: str, **body):
         names.add(name)
-        return live.http.put(f"/v1/adapters/{name}", json={"source": source} | body)
+        return live.http.put(f"/v1/adapters/{name}?wait=60", json={"source": source} | body)
 
     yield load
     for name in names:
@@ -89,7 +89,7 @@ def test_a_bad_adapter_leaves_the_one_in_service(live, put, folder):
     ],
 )
 def test_bad_loads_are_refused_by_field(live, name, body, status, param):
-    response = live.http.put(f"/v1/adapters/{name}", json=body)
+    response = live.http.put(f"/v1/adapters/{name}?wait=60", json=body)
     assert response.status_code == status
     assert response.json()["error"]["param"] == param
 

@@ -26,7 +26,7 @@ def test_lists_show_ones_own_and_what_is_shared(acme, other):
 
 def test_a_short_name_is_ones_own_before_the_shared_one(acme, other):
     shared = acme.post("/v1/classify", json={"model": "topic", "input": "w1"}).json()
-    assert acme.put("/v1/adapters/topic", json={"source": "secret"}).status_code == 201
+    assert acme.put("/v1/adapters/topic?wait=60", json={"source": "secret"}).status_code == 201
     own = acme.post("/v1/classify", json={"model": "topic", "input": "w1"}).json()
     full = acme.post("/v1/classify", json={"model": "acme/topic", "input": "w1"}).json()
     theirs = other.post("/v1/classify", json={"model": "topic", "input": "w1"}).json()
@@ -143,7 +143,7 @@ def test_what_is_shared_is_not_a_tenants_to_remove(acme):
 
 @pytest.mark.parametrize("source", ["../other/secret", "..", "/etc", "../acme/../other/topic"])
 def test_a_tenant_loads_from_its_own_folder_alone(acme, source):
-    refused = acme.put("/v1/adapters/x", json={"source": source})
+    refused = acme.put("/v1/adapters/x?wait=60", json={"source": source})
     assert refused.status_code == 403
     assert refused.json()["error"]["code"] == "forbidden_source"
 
@@ -152,7 +152,7 @@ def test_adapters_are_limited_in_number_and_bytes(acme):
     size = acme.get("/v1/adapters/secret").json()["bytes"]
 
     def put(name: str) -> tuple[int, str]:
-        answer = acme.put(f"/v1/adapters/{name}", json={"source": "secret"})
+        answer = acme.put(f"/v1/adapters/{name}?wait=60", json={"source": "secret"})
         return answer.status_code, answer.json().get("error", {}).get("code", "")
 
     assert acme.put("/v1/tenants/acme", json={"adapters": 1}).is_success
@@ -182,6 +182,8 @@ def test_the_audit_log_tells_who_loaded_what_and_no_text(scene, acme):
     assert problem is None
     of_adapter = [entry for entry in entries if entry.subject == "adapter:acme/secret"]
     assert [entry.action for entry in of_adapter[-2:]] == ["adapter.load", "adapter.remove"]
-    assert json.loads(of_adapter[-1].detail)["digest"].startswith("sha256:")
+    digest = json.loads(of_adapter[-2].detail)["digest"]
+    assert digest.startswith("sha256:")
+    assert list(json.loads(of_adapter[-1].detail)["versions"].values()) == [digest]
     assert {len(entry.actor) for entry in of_adapter} == {16}
     assert "w1 w2" not in str(entries)

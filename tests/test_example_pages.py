@@ -1,4 +1,4 @@
-"""docs/openai.md does what it says: its blocks run against the demo bases and print what it shows."""
+"""The pages of examples do what they say: their blocks run on the demo bases and print what is shown."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import pytest
 from examples.demo import ADAPTERS, BASES, running_server
 from scripts.readme_output import PROJECT, Example, examples, run
 
-EXAMPLES = examples((PROJECT / "docs" / "openai.md").read_text(encoding="utf-8"))
+PAGES = {"client.md": 5, "openai.md": 7}
+"""In docs/, with how many blocks each has."""
+EXAMPLES = {page: examples((PROJECT / "docs" / page).read_text(encoding="utf-8")) for page in PAGES}
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +20,14 @@ def url():
         yield address
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.output.split("\n")[0][:40])
+@pytest.mark.parametrize(
+    "example",
+    [example for page in PAGES for example in EXAMPLES[page]],
+    ids=lambda example: example.output.split("\n")[0][:40],
+)
 def test_a_block_prints_what_the_page_shows(example: Example, url):
     assert run(example, url).strip() == example.output.strip()
 
 
 def test_every_topic_has_a_block():
-    assert len(EXAMPLES) == 7
+    assert {page: len(found) for page, found in EXAMPLES.items()} == PAGES

@@ -1,0 +1,279 @@
+"""Adapters in the catalogue: their versions, which of them is current, and their aliases.
+
+Every change gives the whole adapter as it is afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from sqlalchemy import Column, ColumnElement, Select, Table, delete, func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from server.catalogue.catalogue import Catalogue
+from server.catalogue.records import AdapterRecord, Facts, State, Version
+from server.catalogue.tables import adapter_aliases as aliases
+from server.catalogue.tables import adapter_versions as versions
+from server.catalogue.tables import adapters, tenants
+from server.errors import ErrorKind, ServiceError, adapter_not_found
+
+Values = Mapping[str, Any]
+
+
+class AdapterCatalogue:
+    """The adapters of a catalogue. Raises ServiceError: 503 while the database cannot be reached."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._catalogue = catalogue
+
+    async def all(self) -> list[AdapterRecord]:
+        """Every adapter, by name."""
+        async with self._catalogue.reading() as connection:
+            return await _records(connection)
+
+    async def find(self, name: str) -> AdapterRecord | None:
+        async with self._catalogue.reading() as connection:
+            return await _record(connection, name)
+
+    async def register(
+        self, name: str, *, source: str, base: str | None, digest: str | None, pinned: bool, actor: str
+    ) -> AdapterRecord:
+        """Add a version that is to be loaded, the newest one; those that failed before it are forgotten.
+
+        Raises ServiceError where the tenant has no room for one more.
+        """
+        tenant = _tenant(name)
+        async with self._catalogue.writing() as connection:
+            known = await _record(connection, name)
+            if known is None:
+                await _check_count(connection, tenant, tuple(State))
+                await connection.execute(insert(adapters).values(name=name, tenant=tenant, last=0))
+            failed = versions.c.state == State.FAILED
+            await connection.execute(delete(versions).where(versions.c.adapter == name, failed))
+            last = adapters.c.name == name
+            await connection.execute(update(adapters).where(last).values(last=adapters.c.last + 1))
+            now = self._catalogue.now()
+            row = {
+                "adapter": name,
+                "number": (await connection.execute(select(adapters.c.last).where(last))).scalar_one(),
+                "source": source,
+                "base": base,
+                "digest": digest,
+                "pinned": pinned,
+                "state": State.REGISTERED,
+                "actor": actor,
+                "created": now,
+                "updated": now,
+            }
+            await connection.execute(insert(versions).values(row))
+            return await _known(connection, name)
+
+    async def mark(self, name: str, number: int, state: State, reason: str | None = None) -> AdapterRecord:
+        """Say how far the load of a version has come."""
+        async with self._catalogue.writing() as connection:
+            await self._change(connection, name, number, {"state": state, "reason": reason})
+            return await _known(connection, name)
+
+    async def finish(self, name: str, number: int, source: str, facts: Facts) -> AdapterRecord:
+        """Make a version that has passed all tests the current one.
+
+        Where another version has the same files on the same base, that one becomes current, and this one is
+        forgotten. Raises ServiceError where the tenant has no room for it.
+        """
+        async with self._catalogue.writing() as connection:
+            record = await _known(connection, name)
+            version = next((v for v in record.versions if v.number == number), None)
+            if version is None:
+                raise adapter_not_found(name)
+            twin = next((v for v in record.versions if v.ready and v.facts == facts), None)
+            if twin is None:
+                await _check_count(connection, _tenant(name), (State.READY,))
+                await _check_bytes(connection, _tenant(name), facts.size)
+                await self._change(connection, name, number, _columns(source, facts))
+            else:
+                await connection.execute(delete(versions).where(_one(name, number)))
+                await self._change(connection, name, twin.number, {"pinned": version.pinned})
+            current = number if twin is None else twin.number
+            detail = {"version": current, "digest": facts.digest}
+            await self._set_current(connection, name, current, version.actor, "adapter.load", detail)
+            return await _known(connection, name)
+
+    async def rollback(self, name: str, number: int, *, actor: str) -> AdapterRecord:
+        """Make a ready version the current one."""
+        async with self._changing(name) as (connection, record):
+            version = _ready(record, number)
+            detail = {"version": number, "digest": version.digest, "from": record.current}
+            await self._set_current(connection, name, number, actor, "adapter.rollback", detail)
+            return await _known(connection, name)
+
+    async def set_alias(self, name: str, alias: str, number: int, *, actor: str) -> AdapterRecord:
+        """Let an alias name a ready version."""
+        async with self._changing(name) as (connection, record):
+            version = _ready(record, number)
+            await connection.execute(delete(aliases).where(_alias(name, alias)))
+            await connection.execute(insert(aliases).values(adapter=name, alias=alias, number=number))
+            detail = {"alias": alias, "version": number, "digest": version.digest}
+            await self._append(connection, actor, "adapter.alias", name, detail)
+            return await _known(connection, name)
+
+    async def remove_alias(self, name: str, alias: str, *, actor: str) -> AdapterRecord:
+        async with self._changing(name) as (connection, record):
+            if alias not in record.aliases:
+                raise adapter_not_found(f"{name}@{alias}")
+            await connection.execute(delete(aliases).where(_alias(name, alias)))
+            await self._append(connection, actor, "adapter.alias_remove", name, {"alias": alias})
+            return await _known(connection, name)
+
+    async def remove_version(self, name: str, number: int, *, actor: str) -> AdapterRecord:
+        """Forget a version. Raises ServiceError (409) where it is current or an alias names it."""
+        async with self._changing(name) as (connection, record):
+            version = next((v for v in record.versions if v.number == number), None)
+            if version is None:
+                raise adapter_not_found(f"{name}@{number}")
+            uses = [
+                f"the alias {alias!r} names it" for alias, named in record.aliases.items() if named == number
+            ]
+            if number == record.current:
+                uses.insert(0, "it is the current one")
+            elif len(record.versions) == 1:
+                uses = ["it is the only one, which goes with the adapter"]
+            if uses:
+                message = f"version {number} of {name!r} is in use: {', '.join(uses)}"
+                raise ServiceError(ErrorKind.VERSION_IN_USE, message, param="number")
+            await connection.execute(delete(versions).where(_one(name, number)))
+            detail = {"version": number, "digest": version.digest}
+            await self._append(connection, actor, "adapter.remove", name, detail)
+            return await _known(connection, name)
+
+    async def remove(self, name: str, *, actor: str) -> None:
+        """Forget an adapter with all its versions and aliases."""
+        async with self._changing(name) as (connection, record):
+            for table in (aliases, versions):
+                await connection.execute(delete(table).where(table.c.adapter == name))
+            await connection.execute(delete(adapters).where(adapters.c.name == name))
+            digests = {str(version.number): version.digest for version in record.versions}
+            await self._append(connection, actor, "adapter.remove", name, {"versions": digests})
+
+    @asynccontextmanager
+    async def _changing(self, name: str) -> AsyncIterator[tuple[AsyncConnection, AdapterRecord]]:
+        async with self._catalogue.writing() as connection:
+            yield connection, await _known(connection, name)
+
+    async def _change(self, connection: AsyncConnection, name: str, number: int, values: Values) -> None:
+        changed = {**values, "updated": self._catalogue.now()}
+        await connection.execute(update(versions).where(_one(name, number)).values(changed))
+
+    async def _set_current(
+        self, connection: AsyncConnection, name: str, number: int, actor: str, action: str, detail: Values
+    ) -> None:
+        await connection.execute(update(adapters).where(adapters.c.name == name).values(current=number))
+        await self._append(connection, actor, action, name, detail)
+
+    async def _append(
+        self, connection: AsyncConnection, actor: str, action: str, name: str, detail: Values
+    ) -> None:
+        await self._catalogue.append(connection, actor, action, f"adapter:{name}", detail)
+
+
+def _tenant(name: str) -> str | None:
+    return name.rpartition("/")[0] or None
+
+
+async def _records(connection: AsyncConnection, name: str | None = None) -> list[AdapterRecord]:
+    """All adapters, or the one of a name."""
+
+    async def rows(table: Table, owner: Column[Any], *order: Column[Any]) -> Iterable[Mapping[Any, Any]]:
+        query = select(table).order_by(owner, *order)
+        found = await connection.execute(query if name is None else query.where(owner == name))
+        return [row._mapping for row in found]
+
+    named: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for row in await rows(aliases, aliases.c.adapter, aliases.c.alias):
+        named[row["adapter"]][row["alias"]] = row["number"]
+    kept: defaultdict[str, list[Version]] = defaultdict(list)
+    for row in await rows(versions, versions.c.adapter, versions.c.number):
+        kept[row["adapter"]].append(_version(row))
+    return [
+        AdapterRecord(row["name"], row["current"], tuple(kept[row["name"]]), named[row["name"]])
+        for row in await rows(adapters, adapters.c.name)
+    ]
+
+
+async def _record(connection: AsyncConnection, name: str) -> AdapterRecord | None:
+    return next(iter(await _records(connection, name)), None)
+
+
+async def _known(connection: AsyncConnection, name: str) -> AdapterRecord:
+    record = await _record(connection, name)
+    if record is None:
+        raise adapter_not_found(name)
+    return record
+
+
+def _version(row: Mapping[Any, Any]) -> Version:
+    facts = None
+    if row["state"] == State.READY:
+        labels = {int(label): text for label, text in json.loads(row["labels"]).items()}
+        known = {field: row[field] for field in ("base", "digest", "size", "kind", "task", "config")}
+        facts = Facts(labels=labels, **known)
+    own = {
+        field: row[field]
+        for field in ("number", "source", "base", "digest", "pinned", "reason", "actor", "created", "updated")
+    }
+    return Version(state=State(row["state"]), facts=facts, **own)
+
+
+def _columns(source: str, facts: Facts) -> dict[str, Any]:
+    known = vars(facts) | {"labels": json.dumps(dict(facts.labels))}
+    return {"source": source, "state": State.READY, "reason": None, **known}
+
+
+def _ready(record: AdapterRecord, number: int) -> Version:
+    version = record.find(number)
+    if version is None:
+        raise adapter_not_found(f"{record.name}@{number}")
+    return version
+
+
+def _one(name: str, number: int) -> ColumnElement[bool]:
+    return (versions.c.adapter == name) & (versions.c.number == number)
+
+
+def _alias(name: str, alias: str) -> ColumnElement[bool]:
+    return (aliases.c.adapter == name) & (aliases.c.alias == alias)
+
+
+async def _check_count(connection: AsyncConnection, tenant: str | None, states: Sequence[State]) -> None:
+    """Whether there is room for one more version beside those in these states."""
+    if tenant is None:
+        return
+    limit = (await connection.execute(select(tenants.c.adapters).where(_named(tenant)))).scalar_one()
+    kept = (await connection.execute(_kept(tenant, func.count(), states))).scalar_one()
+    if limit is not None and kept >= limit:
+        message = f"{tenant} keeps {kept} versions of adapters, which is its limit: remove one"
+        raise ServiceError(ErrorKind.ADAPTER_QUOTA, message)
+
+
+async def _check_bytes(connection: AsyncConnection, tenant: str | None, size: int) -> None:
+    if tenant is None:
+        return
+    limit = (await connection.execute(select(tenants.c.adapter_bytes).where(_named(tenant)))).scalar_one()
+    total = func.coalesce(func.sum(versions.c.size), 0)
+    size += int((await connection.execute(_kept(tenant, total, (State.READY,)))).scalar_one())
+    if limit is not None and size > limit:
+        message = f"the adapters of {tenant} would take {size} bytes; its limit is {limit}"
+        raise ServiceError(ErrorKind.ADAPTER_QUOTA, message)
+
+
+def _named(tenant: str) -> ColumnElement[bool]:
+    return tenants.c.name == tenant
+
+
+def _kept(tenant: str, what: ColumnElement[Any], states: Sequence[State]) -> Select[Any]:
+    """A query over the versions of a tenant in some states."""
+    kept = (adapters.c.tenant == tenant) & versions.c.state.in_(states)
+    return select(what).select_from(versions.join(adapters)).where(kept)

@@ -1,0 +1,281 @@
+"""Adapters as a resource: what the catalogue says of them, and how that comes to be served."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Iterator, Set
+from contextlib import contextmanager
+from dataclasses import replace
+
+from molex.adapter_file import AdapterFiles
+from molex.config_file import parse_config
+from molex.errors import AdapterError
+from server.auth.caller import Caller
+from server.catalogue.adapters import AdapterCatalogue
+from server.catalogue.catalogue import Catalogue
+from server.catalogue.database import migrate
+from server.catalogue.records import AdapterRecord, State, Version
+from server.catalogue.url import parse_url
+from server.engine import Engine
+from server.errors import ErrorKind, ServiceError, adapter_not_found
+from server.pool import Pool
+from server.registry.remote import Remote, is_remote
+from server.registry.storage import Storage
+from server.served import ServedAdapter, tenant_of
+
+UPLOAD = "upload"
+"""The source of what came in the body of a request."""
+
+log = logging.getLogger(__name__)
+
+
+class Registry:
+    """The adapters of one server. Used on the event loop alone.
+
+    The catalogue is where they are kept; `records` is what it said last, so that requests ask no database.
+    Without a database there is a catalogue in the storage folder, which lasts as long as that.
+    """
+
+    def __init__(self, engine: Engine, catalogue: Catalogue | None) -> None:
+        settings = engine.settings
+        self.engine = engine
+        self.storage = Storage(settings.storage, settings.max_storage_bytes)
+        self.remote = Remote(settings.sources, settings.max_adapter_bytes)
+        self.records: dict[str, AdapterRecord] = {}
+        self.changing = asyncio.Lock()
+        """Held from a change of the catalogue until `records` has it."""
+        self._shared = catalogue
+        self._own: Catalogue | None = None
+        self._held: Counter[str] = Counter()
+        # Slow sources hold up no reads from the disk.
+        self._fetchers = Pool(settings.pool_threads, "fetcher")
+        engine.loader.restore = self.restore
+
+    async def open(self) -> None:
+        """Serve what the catalogue names. Raises ServiceError (503) where it cannot be reached."""
+        await asyncio.to_thread(self.storage.open)
+        if self._shared is None:
+            url = parse_url(f"sqlite:///{self.storage.folder.absolute()}/catalogue.db")
+            await asyncio.to_thread(migrate, url)
+            self._own = Catalogue(url, pepper="")
+        for record in await self.catalogue.all():
+            self.publish(record, validated=False)
+        self.storage.keep_only(self._digests())
+        self.storage.evictable = self._evictable
+        await self._warm_memory()
+
+    async def close(self) -> None:
+        self._fetchers.close()
+        if self._own is not None:
+            await self._own.close()
+        self.storage.close()
+
+    @property
+    def catalogue(self) -> AdapterCatalogue:
+        catalogue = self._shared or self._own
+        assert catalogue is not None
+        return AdapterCatalogue(catalogue)
+
+    @property
+    def takes_uploads(self) -> bool:
+        """Whether what is uploaded lasts as long as the catalogue that names it."""
+        return self.storage.lasting or self._shared is None
+
+    def names(self, caller: Caller) -> list[str]:
+        """The full names of the adapters that a caller may see, whatever their state."""
+        names = {*self.records, *(served.name for served in self.engine.adapters.all())}
+        return sorted(name for name in names if caller.may_see(name))
+
+    def find(self, caller: Caller, name: str) -> str:
+        """The full name of what a name means to a caller. Raises ServiceError (404)."""
+        for full_name in caller.names(name):
+            if full_name in self.records or full_name in self.engine.adapters:
+                return full_name
+        raise adapter_not_found(name)
+
+    def own(self, caller: Caller, name: str) -> str:
+        """The full name of an adapter of the caller's own, which is there. Raises ServiceError."""
+        full_name = caller.own_name(name)
+        if full_name in self.records or full_name in self.engine.adapters:
+            return full_name
+        if name in self.engine.adapters:
+            message = f"{name!r} is shared by the operator, who alone changes it"
+            raise ServiceError(ErrorKind.FORBIDDEN_ADAPTER, message, param="name")
+        raise adapter_not_found(name)
+
+    async def rollback(self, caller: Caller, name: str, reference: int | str | None) -> str:
+        """Make the version before, or that of a number or an alias, the current one; returns the full name.
+
+        It is in memory before it is current. Raises ServiceError.
+        """
+        full_name = self.own(caller, name)
+        number = self._previous(full_name) if reference is None else self._number(full_name, reference)
+        served = self.engine.adapters.get(f"{full_name}@{number}")
+        await asyncio.shield(self.engine.loader.begin(served))
+        await self.change(self.catalogue.rollback(full_name, number, actor=actor(caller)))
+        return full_name
+
+    async def set_alias(self, caller: Caller, name: str, alias: str, reference: int | str) -> str:
+        """Let an alias name a version; returns the full name of the adapter. Raises ServiceError."""
+        full_name = self.own(caller, name)
+        number = self._number(full_name, reference)
+        await self.change(self.catalogue.set_alias(full_name, alias, number, actor=actor(caller)))
+        return full_name
+
+    async def remove_alias(self, caller: Caller, name: str, alias: str) -> None:
+        full_name = self.own(caller, name)
+        await self.change(self.catalogue.remove_alias(full_name, alias, actor=actor(caller)))
+
+    async def remove_version(self, caller: Caller, name: str, number: int) -> None:
+        """Forget a version; requests in flight finish. Raises ServiceError (409) where it is in use."""
+        full_name = self.own(caller, name)
+        served = self.engine.adapters.find(f"{full_name}@{number}")
+        await self.change(self.catalogue.remove_version(full_name, number, actor=actor(caller)))
+        await self.collect(set() if served is None else {served})
+
+    async def remove(self, caller: Caller, name: str) -> None:
+        """Forget an adapter with all its versions; requests in flight finish."""
+        full_name = self.own(caller, name)
+        leaving = self.engine.adapters.versions(full_name)
+        async with self.changing:
+            if full_name in self.records:
+                await self.catalogue.remove(full_name, actor=actor(caller))
+                del self.records[full_name]
+            if leaving:
+                self.engine.adapters.remove(full_name)
+        await self.collect(leaving)
+
+    async def change(self, change: Awaitable[AdapterRecord]) -> AdapterRecord:
+        """Carry out a change of the catalogue and serve accordingly."""
+        async with self.changing:
+            record = await change
+            self.publish(record)
+        return record
+
+    def publish(self, record: AdapterRecord, *, validated: bool = True) -> ServedAdapter | None:
+        """Serve an adapter as the catalogue has it; returns its current version, if it can be served."""
+        self.records[record.name] = record
+        references: dict[str, ServedAdapter] = {}
+        for version in record.versions:
+            served = self._served(record, version, validated=validated)
+            if served is not None:
+                names = [alias for alias, number in record.aliases.items() if number == version.number]
+                references |= dict.fromkeys((str(version.number), *names), served)
+        current = references.get(str(record.current))
+        if current is not None:
+            self.engine.adapters.publish(current, references)
+        return current
+
+    @contextmanager
+    def hold(self, digest: str) -> Iterator[None]:
+        """Keep files that have no name in the catalogue yet."""
+        self._held[digest] += 1
+        try:
+            yield
+        finally:
+            self._held[digest] -= 1
+
+    async def collect(self, leaving: Set[ServedAdapter] = frozenset()) -> None:
+        """Remove files that no version names any more, once loads that began have ended."""
+        await self.engine.loader.settled(leaving)
+        for digest in self.storage.digests() - self._digests():
+            await self.engine.loader.run(self.storage.remove, digest)
+
+    async def fetch(self, uri: str) -> tuple[AdapterFiles, str]:
+        """As `Remote.fetch`, on a thread."""
+        return await self._fetchers.run(self.remote.fetch, uri)
+
+    async def restore(self, served: ServedAdapter) -> None:
+        """Fetch the files of a version again, if they have left the disk and came from elsewhere."""
+        if served.version == 0 or served.digest in self.storage:
+            self.storage.touch(served.digest)
+            return
+        if is_remote(served.source):
+            self.remote.check(served.source, tenant_of(served.name))
+            files, _ = await self.fetch(served.source)
+            if files.digest != served.digest:
+                message = (
+                    f"{served.source} no longer has the files of version {served.version} of {served.name!r}"
+                )
+                raise ServiceError(ErrorKind.ADAPTER_UNAVAILABLE, message, param="model")
+            await self.engine.loader.run(self.storage.put, files)
+
+    def _previous(self, full_name: str) -> int:
+        record = self.records.get(full_name)
+        version = None if record is None else record.previous
+        if version is None:
+            message = f"{full_name!r} has no version before its current one"
+            raise ServiceError(ErrorKind.NO_PREVIOUS_VERSION, message, param="version")
+        return version.number
+
+    def _number(self, full_name: str, reference: int | str) -> int:
+        record = self.records.get(full_name)
+        version = None if record is None else record.find(reference)
+        if version is None:
+            raise adapter_not_found(f"{full_name}@{reference}")
+        return version.number
+
+    def _served(self, record: AdapterRecord, version: Version, *, validated: bool) -> ServedAdapter | None:
+        """A ready version as requests find it; None on a base that this server has not."""
+        facts = version.facts
+        if facts is None or facts.base not in self.engine.bases:
+            return None
+        pinned = version.pinned and version.number == record.current
+        known = self.engine.adapters.find(f"{record.name}@{version.number}")
+        if known is not None and known.version == version.number and known.digest == facts.digest:
+            return known if known.pinned == pinned else replace(known, pinned=pinned)
+        num_layers = self.engine.bases[facts.base].model.spec.num_layers
+        try:
+            config = parse_config(facts.config, num_layers)
+        except AdapterError as error:
+            log.warning("version %d of %r no longer fits its base: %s", version.number, record.name, error)
+            return None
+        return ServedAdapter(
+            name=record.name,
+            base=facts.base,
+            folder=self.storage.path(facts.digest),
+            source=version.source,
+            config=config,
+            digest=facts.digest,
+            labels=facts.labels,
+            nbytes=facts.size,
+            version=version.number,
+            pinned=pinned,
+            validated=validated,
+            created=version.created,
+        )
+
+    def _digests(self) -> set[str]:
+        """Of the files that are needed, or about to be."""
+        kept = (v for record in self.records.values() for v in record.versions if v.state != State.FAILED)
+        return {version.digest for version in kept if version.digest} | set(+self._held)
+
+    def _evictable(self) -> set[str]:
+        """Digests of the files that can be fetched again. Called from any thread."""
+        remote: set[str] = set()
+        local = set(+self._held.copy())
+        for record in self.records.copy().values():
+            for version in record.versions:
+                if version.digest and version.state != State.FAILED:
+                    (remote if version.ready and is_remote(version.source) else local).add(version.digest)
+        return remote - local
+
+    async def _warm_memory(self) -> None:
+        """Read current versions from the disk into memory, as long as there is room."""
+        for served in self.engine.adapters.all():
+            if served.version == 0 or served.digest not in self.storage:
+                continue
+            try:
+                adapter = await self.engine.loader.run(self.engine.adapters.read, served)
+            except ServiceError as error:
+                log.warning("%s", error.message)
+                continue
+            if not self.engine.adapters.keep(served, adapter, evict=False):
+                return
+
+
+def actor(caller: Caller) -> str:
+    """Who acts, as the audit log has it."""
+    return caller.key_id or "server"

@@ -1,0 +1,27 @@
+"""A first pass with new weights, before anybody is served with them."""
+
+from __future__ import annotations
+
+from molex.adapter import Adapter
+from server.engine import Engine
+from server.errors import ErrorKind, ServiceError
+from server.sequence import Sequence
+
+TEXT = "A short text."
+
+
+async def warm_up(engine: Engine, base: str, adapter: Adapter) -> None:
+    """Run a short text through an adapter on the worker, in a step of its own.
+
+    Raises ServiceError (400) where that fails or gives a number that is not finite.
+    """
+    encode = engine.bases[base].tokenization.encode
+    [prompt] = await engine.in_pool(encode, [TEXT], "text", truncate=True)
+    sequence = Sequence(base, adapter, prompt.token_ids, token_type_ids=prompt.token_type_ids)
+    try:
+        await engine.submit_alone(sequence).finished()
+    except ServiceError as error:
+        if error.kind is not ErrorKind.INTERNAL:
+            raise
+        message = "the warm-up failed: a short text gives no answer of finite numbers with these weights"
+        raise ServiceError(ErrorKind.BAD_ADAPTER, message) from error
