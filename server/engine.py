@@ -145,10 +145,7 @@ class Engine:
         return submission
 
     def submit_alone(self, sequence: Sequence) -> Submission:
-        """Admit a sequence ahead of the queue, to a step of its own: what it breaks is nobody else's.
-
-        It ends after its prompt. Raises ServiceError (503) where the engine has stopped.
-        """
+        """Admit a prompt ahead of the queue, to a step of its own. Raises ServiceError (503)."""
         submission = Submission([sequence], self._cancel)
         with self._wake:
             if self._stopping:
