@@ -177,7 +177,7 @@ class Engine:
                 for sequence in self._scheduler.drop_cancelled():
                     self.bases[sequence.base].runner.release(sequence)
                 if self._alone:
-                    return Batch(self._alone[0].base, (self._alone.popleft(),))
+                    return Batch(self._alone[0].base, (self._alone[0],))
                 if batch := self._scheduler.schedule():
                     self._mark_started(batch)
                     return batch
@@ -203,6 +203,8 @@ class Engine:
         self._record(batch.base, output)
         with self._wake:
             self._scheduler.postprocess(batch)
+            if self._alone and batch.sequences == (self._alone[0],):
+                self._alone.popleft()
         self._deliver(output.updates)
 
     def _record(self, base: str, output: StepOutput) -> None:
@@ -248,7 +250,6 @@ class Engine:
             error = stopping_error() if self._stopping else internal_error()
             self._stopping = True
             left = [*self._scheduler.drop_all(), *self._alone]
-            self._alone.clear()
         self._deliver(Update(sequence, error=error) for sequence in left)
 
     def _adapters_in_use(self, bases: Iterable[str]) -> set[Adapter]:
