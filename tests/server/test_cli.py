@@ -80,7 +80,7 @@ def test_every_setting_is_an_option():
     result = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
     assert "pepper" not in result.output
     for name in Settings.model_fields.keys() - {"pepper"}:
-        flag = "--base" if name == "bases" else "--" + name.replace("_", "-")
+        flag = {"bases": "--base", "sources": "--source"}.get(name, "--" + name.replace("_", "-"))
         assert flag in result.output
 
 
