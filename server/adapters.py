@@ -104,13 +104,7 @@ class AdapterStore:
             return self._residents.get(served)
 
     def load(
-        self,
-        name: str,
-        folder: Path,
-        base: str | None = None,
-        *,
-        pinned: bool = False,
-        evict: bool = True,
+        self, name: str, folder: Path, base: str | None = None, *, pinned: bool = False, evict: bool = True
     ) -> tuple[ServedAdapter, bool]:
         """Read a folder in place and serve it as `name`; returns it, and whether the name is new.
 

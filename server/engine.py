@@ -145,10 +145,7 @@ class Engine:
         return submission
 
     def submit_alone(self, sequence: Sequence) -> Submission:
-        """Admit a sequence ahead of the queue, to a step of its own: what it breaks is nobody else's.
-
-        It ends after its prompt. Raises ServiceError (503) where the engine has stopped.
-        """
+        """Admit a prompt ahead of the queue, to a step of its own. Raises ServiceError (503)."""
         submission = Submission([sequence], self._cancel)
         with self._wake:
             if self._stopping:
@@ -188,7 +185,7 @@ class Engine:
             while not self._stopping:
                 self._drop_cancelled()
                 if self._alone:
-                    return Batch(self._alone[0].base, (self._alone.popleft(),))
+                    return Batch(self._alone[0].base, (self._alone[0],))
                 if batch := self._scheduler.schedule():
                     self._mark_started(batch)
                     return batch
@@ -218,6 +215,8 @@ class Engine:
         self._record(batch.base, output)
         with self._wake:
             self._scheduler.postprocess(batch)
+            if self._alone and batch.sequences == (self._alone[0],):
+                self._alone.popleft()
         self._deliver(output.updates)
 
     def _record(self, base: str, output: StepOutput) -> None:
@@ -263,7 +262,6 @@ class Engine:
             error = stopping_error() if self._stopping else internal_error()
             self._stopping = True
             left = [*self._scheduler.drop_all(), *self._alone]
-            self._alone.clear()
         self._deliver(Update(sequence, error=error) for sequence in left)
 
     def _adapters_in_use(self, bases: Iterable[str]) -> set[Adapter]:

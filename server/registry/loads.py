@@ -88,9 +88,12 @@ class Loads:
 
     async def remove_version(self, caller: Caller, name: str, number: int) -> None:
         """Forget a version. Raises ServiceError (409) where it is in use."""
-        load = self._loads.get(self._registry.own(caller, name))
+        full_name = self._registry.own(caller, name)
+        load = self._loads.get(full_name)
         if load is not None and load.number == number:
             await self._end([load])
+            # It may have come to its end just before.
+            await self._registry.change(self._registry.catalogue.find(full_name))
         await self._registry.remove_version(caller, name, number)
 
     async def from_source(
@@ -116,9 +119,13 @@ class Loads:
             message = "uploads would be lost when this server ends: start it with --storage"
             raise ServiceError(ErrorKind.FORBIDDEN_SOURCE, message)
         digest = await self._engine.loader.run(lambda: files.digest)
-        with self._registry.hold(digest):
-            await self._engine.loader.run(self._registry.storage.put, files)
-            return await self._begin(Request(full_name, UPLOAD, base, pinned, digest), actor(caller))
+        try:
+            with self._registry.hold(digest):
+                await self._engine.loader.run(self._registry.storage.put, files)
+                return await self._begin(Request(full_name, UPLOAD, base, pinned, digest), actor(caller))
+        except ServiceError:
+            await self._registry.collect()
+            raise
 
     async def _begin(self, request: Request, actor: str) -> Load:
         registry = self._registry

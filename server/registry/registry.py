@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Iterator, Set
+from collections.abc import Coroutine, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from molex.adapter_file import AdapterFiles
 from molex.config_file import parse_config
@@ -147,12 +148,14 @@ class Registry:
                 self.engine.adapters.remove(full_name)
         await self.collect(leaving)
 
-    async def change(self, change: Awaitable[AdapterRecord]) -> AdapterRecord:
-        """Carry out a change of the catalogue and serve accordingly."""
-        async with self.changing:
-            record = await change
-            self.publish(record)
-        return record
+    async def change(self, change: Coroutine[Any, Any, AdapterRecord | None]) -> None:
+        """Carry out a change of the catalogue, or look what it says, and serve accordingly."""
+        try:
+            async with self.changing:
+                if (record := await change) is not None:
+                    self.publish(record)
+        finally:
+            change.close()  # Where this was cancelled before its turn came.
 
     def publish(self, record: AdapterRecord, *, validated: bool = True) -> ServedAdapter | None:
         """Serve an adapter as the catalogue has it; returns its current version, if it can be served."""
@@ -176,6 +179,7 @@ class Registry:
             yield
         finally:
             self._held[digest] -= 1
+            self._held = +self._held
 
     async def collect(self, leaving: Set[ServedAdapter] = frozenset()) -> None:
         """Remove files that no version names any more, once loads that began have ended."""
@@ -189,10 +193,9 @@ class Registry:
 
     async def restore(self, served: ServedAdapter) -> None:
         """Fetch the files of a version again, if they have left the disk and came from elsewhere."""
-        if served.version == 0 or served.digest in self.storage:
+        if served.digest in self.storage:
             self.storage.touch(served.digest)
-            return
-        if is_remote(served.source):
+        elif served.version and is_remote(served.source):
             self.remote.check(served.source, tenant_of(served.name))
             files, _ = await self.fetch(served.source)
             if files.digest != served.digest:
@@ -250,12 +253,12 @@ class Registry:
     def _digests(self) -> set[str]:
         """Of the files that are needed, or about to be."""
         kept = (v for record in self.records.values() for v in record.versions if v.state != State.FAILED)
-        return {version.digest for version in kept if version.digest} | set(+self._held)
+        return {version.digest for version in kept if version.digest} | set(self._held)
 
     def _evictable(self) -> set[str]:
         """Digests of the files that can be fetched again. Called from any thread."""
         remote: set[str] = set()
-        local = set(+self._held.copy())
+        local = set(self._held.copy())
         for record in self.records.copy().values():
             for version in record.versions:
                 if version.digest and version.state != State.FAILED:

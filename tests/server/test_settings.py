@@ -83,3 +83,14 @@ def test_on_this_machine_no_keys_are_needed(host):
 def test_a_catalogue_or_listener_that_cannot_work_is_refused(arguments, message):
     with pytest.raises(ValidationError, match=message):
         Settings(bases=["a=/x"], **arguments)
+
+
+def test_sources_are_prefixes_of_stores_and_hubs(monkeypatch):
+    monkeypatch.setenv("MOLEX_SOURCES", "hf://acme/,s3://bucket/{tenant}/")
+    assert Settings(bases={"a": "/x"}).sources == ("hf://acme/", "s3://bucket/{tenant}/")
+
+
+@pytest.mark.parametrize("prefix", ["hf://", "http://x/", "file:///", "s3://", "bucket"])
+def test_a_source_that_would_allow_anything_is_refused(prefix):
+    with pytest.raises(ValidationError, match="is no prefix of sources"):
+        Settings(bases={"a": "/x"}, sources=[prefix])

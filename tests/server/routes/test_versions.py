@@ -298,3 +298,10 @@ def test_the_number_of_versions_is_limited(settings, start, adapters_folder):
     assert code_of(put("x", "rank2")) == (409, "too_many_adapters")
     assert code_of(put("y", "mood")) == (409, "too_many_adapters")
     assert put("x", "mood").status_code == 200
+
+
+def test_an_upload_that_is_refused_leaves_no_files(settings, start, adapters_folder):
+    live = start(settings.model_copy(update={"max_adapters": 6}))
+    files = {file: (adapters_folder / "mood" / file).read_bytes() for file in FILES}
+    assert code_of(live.http.put("/v1/adapters/x", files=files)) == (409, "too_many_adapters")
+    assert list(live.registry.storage.folder.glob("sha256-*")) == []
