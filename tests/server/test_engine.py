@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from molex import write_adapter
+from molex.forward import Forward
 from tests.tiny import random_adapter
 
 PAGE_STATES = ("used", "kept", "free")
@@ -94,6 +95,87 @@ def test_a_failed_batch_answers_every_member_and_the_worker_goes_on(live, thread
     held.release()
     assert first.result().status_code == 500
     assert [other.result().status_code for other in others] == [200, 200]
+
+
+def poison(monkeypatch, token_id: int) -> list[int]:
+    """Every pass with this token breaks at depth 3, when keys and values have been written at those before.
+
+    Returns the numbers of rows of the broken passes.
+    """
+    run_depth, broken = Forward.run_depth, []
+
+    def run(self, depth, *args):
+        if depth == 3 and any(token_id in row.token_ids for row in self.rows):
+            broken.append(len(self.rows))
+            raise RuntimeError("secret/path broke")
+        return run_depth(self, depth, *args)
+
+    monkeypatch.setattr(Forward, "run_depth", run)
+    return broken
+
+
+def test_a_poisoned_request_fails_alone_and_changes_no_other_answer(live, threads, brake, monkeypatch):
+    generations = [
+        {"model": model, "prompt": f"w{number} w2", "seed": 5, "max_tokens": 12, "return_routes": True}
+        for number, model in enumerate(["writer", "poet", "dec"])
+    ]
+    texts = ["w8 w7", "w6", "w5 w5 w5"]
+    alone = [live.complete(**body).json()["choices"] for body in generations]
+    scores = [live.classify(model="judge", input=text).json()["data"][0]["probs"] for text in texts]
+    broken = poison(monkeypatch, 81)  # The token of w77.
+    held = brake(live, "dec")
+    asked = [threads.submit(live.complete, **body) for body in generations]
+    held.until(lambda: running(live) + waiting(live, "dec") == 3)
+    bad = threads.submit(live.classify, model="judge", input="w1 w77")
+    beside = [threads.submit(live.classify, model="judge", input=text) for text in texts]
+    held.until(lambda: running(live) + waiting(live, "dec") == 7)
+    held.release()
+    assert bad.result().json()["error"]["code"] == "internal_error"
+    assert "secret" not in bad.result().text
+    assert [future.result().json()["choices"] for future in asked] == alone
+    for future, probs in zip(beside, scores, strict=True):
+        assert future.result().json()["data"][0]["probs"] == pytest.approx(probs, abs=1e-12)
+    assert broken[0] > broken[-1] == 1
+    assert all_free(live)
+
+
+def test_a_poisoned_generation_beside_decoding_ones_fails_alone(live, threads, brake, monkeypatch):
+    bodies = [{"model": model, "prompt": "w1 w2", **LONG} for model in ("writer", "poet")]
+    alone = [live.complete(**body).json()["choices"] for body in bodies]
+    held = brake(live, "dec")
+    asked = [threads.submit(live.complete, **body) for body in bodies]
+    held.until(lambda: running(live) + waiting(live, "dec") == 2)
+    broken = poison(monkeypatch, 81)
+    arrived = []
+
+    def run(sequences, part_tokens):
+        if not arrived and len(sequences) == 2:
+            arrived.append(threads.submit(live.complete, model="dec", prompt=[1, 81], max_tokens=5))
+            held.until(lambda: waiting(live, "dec") == 1)
+        return original(sequences, part_tokens)
+
+    original, held._run = held._run, run
+    held.release()
+    assert [future.result().json()["choices"] for future in asked] == alone
+    assert arrived[0].result().status_code == 500
+    assert broken == [3, 2, 1]
+    assert all_free(live)
+
+
+def test_when_everything_fails_retries_end(live, threads, brake, monkeypatch):
+    runner = live.engine.bases["enc"].runner
+    passes = []
+
+    def begin(rows, cache):
+        passes.append(len(rows))
+        raise MemoryError
+
+    monkeypatch.setattr(runner._model, "begin", begin)
+    monkeypatch.setattr("server.runner.MAX_SPLITS", 5)
+    answer = live.classify(model="mood", input=["w1"] * 20)
+    assert answer.status_code == 500
+    assert sum(passes) > 20
+    assert len(passes) == 2 * 5 + 1
 
 
 def test_all_members_of_a_failed_batch_are_told(live, threads, brake):
