@@ -84,6 +84,9 @@ class Server(uvicorn.Server):
                 banner(self._engine, url, admin_url, self._refused)
             )
 
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._engine.lost
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._engine.draining = True
         super().handle_exit(sig, frame)
@@ -107,6 +110,8 @@ def run_server(settings: Settings) -> None:
     # uvicorn has shut down in order by then and only passes Ctrl-C on.
     with suppress(KeyboardInterrupt):
         asyncio.run(Server(engine, Access.load(settings), refused).serve())
+    if engine.lost:
+        sys.exit("the worker thread is stuck or has died: this process ends, to be started anew")
 
 
 def serve(**options: Any) -> None:

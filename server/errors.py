@@ -37,7 +37,9 @@ class ErrorKind(Enum):
     CLIENT_GONE = (499, "invalid_request_error", "client_closed_request")
     INTERNAL = (500, "server_error", "internal_error")
     STOPPING = (503, "server_error", "shutting_down")
+    STUCK = (503, "server_error", "worker_stuck")
     CATALOGUE_DOWN = (503, "server_error", "catalogue_unavailable")
+    DEADLINE = (504, "timeout_error", "deadline_exceeded")
 
     def __init__(self, status: int, error_type: str, code: str) -> None:
         self.status = status
@@ -93,6 +95,14 @@ def adapter_not_found(name: str) -> ServiceError:
 def model_not_found(name: str) -> ServiceError:
     message = f"no base or adapter is named {name!r}; GET /v1/models lists them"
     return ServiceError(ErrorKind.MODEL_NOT_FOUND, message, param="model")
+
+
+def stuck_error() -> ServiceError:
+    return ServiceError(ErrorKind.STUCK, "the server does not get on with its work", retry_after=5)
+
+
+def deadline_error() -> ServiceError:
+    return ServiceError(ErrorKind.DEADLINE, "the request was not done within its time")
 
 
 def stopping_error() -> ServiceError:

@@ -138,6 +138,19 @@ class Settings(CatalogueSettings):
     pool_threads: int = Field(
         4, ge=1, le=256, description="Threads that tokenize, and as many that read adapters."
     )
+    max_request_seconds: int = Field(
+        600,
+        ge=1,
+        le=86_400,
+        description="Time for a request, then 504. The header x-request-timeout asks for less.",
+    )
+    max_stall_seconds: float = Field(
+        4,
+        ge=1,
+        le=3600,
+        description="Time without progress, which a single layer is, after which the worker counts as stuck: "
+        "/readyz and whatever waits get 503.",
+    )
     grace_seconds: int = Field(
         30, ge=0, le=3600, description="Time for running requests to finish after SIGTERM."
     )

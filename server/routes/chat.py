@@ -48,7 +48,7 @@ async def create_chat_completion(
     body: ChatRequest, request: Request, engine: EngineDep, caller: Infer
 ) -> Response:
     """Answer a conversation. With `stream` the answer is a stream of server-sent events."""
-    watch = Stopwatch()
+    watch = Stopwatch(request.state.deadline)
     target = generator(engine, caller, body.model)
     generation = Generation(body, target, ChatShape(), watch, engine, request)
     tokenization = target.base.tokenization

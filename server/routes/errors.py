@@ -79,6 +79,8 @@ def _best(problems: Seq[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def _path(location: Seq[str | int]) -> list[str]:
     """Field names and indices; pydantic's names of the types that it tried are left out."""
+    if location[0] == "header":
+        return [str(location[1])]
     names = [str(part) for part in location[1:] if isinstance(part, int) or part.isidentifier()]
     return [name for name in names if name not in ("str", "int", "float", "bool")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from time import perf_counter
 from uuid import uuid4
@@ -34,7 +35,9 @@ class Observer:
             return
         begin = perf_counter()
         request_id = uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        state["begun"] = asyncio.get_running_loop().time()
         status = 0
 
         async def observed_send(message: Message) -> None:

@@ -10,6 +10,7 @@ from molex.adapter import Adapter
 from server.deps import Target
 from server.engine import Engine
 from server.routes.timing import Stopwatch
+from server.submission import in_time
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -28,8 +29,9 @@ async def prepare(
     Raises ServiceError.
     """
     load = engine.loader.begin(target.served)
-    encoded = await engine.in_pool(encode, *args, **kwargs)
+    encoded = await engine.in_pool(watch.deadline, encode, *args, **kwargs)
     watch.tokenization_done()
-    adapter = await asyncio.shield(load)
+    async with in_time(watch.deadline):
+        adapter = await asyncio.shield(load)
     watch.loading_done()
     return adapter, encoded

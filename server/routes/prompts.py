@@ -43,7 +43,7 @@ async def run_prompts(
     Puts the digest of the adapter and the times of the stages into the headers of the response. Raises
     ServiceError.
     """
-    watch = Stopwatch()
+    watch = Stopwatch(request.state.deadline)
     check_count(engine, len(inputs), param)
     encode = target.base.tokenization.encode
     adapter, prompts = await prepare(engine, target, watch, encode, inputs, param, truncate=truncate)
@@ -60,7 +60,7 @@ async def run_prompts(
         )
         for index, prompt in enumerate(prompts)
     ]
-    submission = engine.submit(sequences)
+    submission = engine.submit(sequences, watch.deadline)
     try:
         await unless_disconnected(request, submission.finished())
     finally:

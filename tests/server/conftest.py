@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -100,6 +101,12 @@ def live_server(settings: Settings) -> Iterator[Live]:
         assert not thread.is_alive()
 
 
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(40) as pool:
+        yield pool
+
+
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
@@ -154,6 +161,7 @@ def settings(bases, adapters_folder) -> Settings:
         max_inputs=32,
         max_batch_tokens=64,
         grace_seconds=5,
+        max_stall_seconds=300,  # Tests hold the worker up.
         log_level="warning",
     )
 

@@ -4,53 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-import socket
-from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
 from molex import write_adapter
 from molex.forward import Forward
+from tests.server.looks import LONG, all_free, idle, running, send, waiting
 from tests.tiny import random_adapter
 
 PAGE_STATES = ("used", "kept", "free")
-LONG = {"max_tokens": 60, "ignore_eos": True, "temperature": 0}
-
-
-@pytest.fixture
-def threads():
-    with ThreadPoolExecutor(40) as pool:
-        yield pool
-
-
-def running(live) -> float:
-    return live.metrics()['molex_running_sequences{base="dec"}']
-
-
-def idle(live) -> bool:
-    """Nothing runs or waits, and every page of the cache is free."""
-    left = running(live) + waiting(live, "dec") + waiting(live, "enc")
-    return left == 0 and all_free(live)
-
-
-def all_free(live) -> bool:
-    runner = live.engine.bases["dec"].runner
-    return runner.num_free_pages == runner.num_pages
-
-
-def send(live, body: dict) -> socket.socket:
-    """Ask for a completion and return the connection, for a client that will not wait for the answer."""
-    content = json.dumps(body)
-    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-    url = httpx.URL(live.url)
-    connection = socket.create_connection((url.host, url.port))
-    connection.sendall(f"{head}content-length: {len(content)}\r\n\r\n{content}".encode())
-    return connection
-
-
-def waiting(live, base: str) -> float:
-    return live.metrics()[f'molex_queue_depth{{base="{base}"}}']
 
 
 def test_adapters_of_all_kinds_share_a_batch_and_answer_as_alone(live, threads, brake):
@@ -512,5 +475,4 @@ def test_a_dead_worker_leaves_nobody_waiting(settings, start, monkeypatch):
     # The sequence in the broken step is still the scheduler's.
     answer = live.complete(model="dec", prompt="w1")
     assert answer.status_code == 500
-    assert live.http.get("/livez").status_code == 503
     assert live.http.get("/readyz").status_code == 503
