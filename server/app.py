@@ -66,6 +66,10 @@ def create_app(engine: Engine, access: Access) -> FastAPI:
         register(app, module.router)
     errors.install(app)
     app.add_middleware(Authentication, access=access)
-    app.add_middleware(BodyLimit, max_bytes=engine.settings.max_body_bytes)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=engine.settings.max_body_bytes,
+        max_seconds=engine.settings.max_client_seconds,
+    )
     app.add_middleware(Observer, metrics=engine.metrics)
     return app

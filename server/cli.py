@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -33,6 +34,7 @@ from server.catalogue_cli import audit_app, key_app, tenant_app
 from server.engine import Engine
 from server.errors import ServiceError
 from server.precision import choose_precision
+from server.protocol import bounded_protocol
 from server.settings import Settings, is_option, problems, shown
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                http=bounded_protocol(settings.max_client_seconds),
+                timeout_keep_alive=math.ceil(settings.max_client_seconds),
                 timeout_graceful_shutdown=settings.grace_seconds,
             )
         )

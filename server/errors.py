@@ -26,6 +26,7 @@ class ErrorKind(Enum):
     TENANT_NOT_FOUND = (404, "not_found_error", "tenant_not_found")
     KEY_NOT_FOUND = (404, "not_found_error", "key_not_found")
     METHOD_NOT_ALLOWED = (405, "invalid_request_error", "method_not_allowed")
+    SLOW_BODY = (408, "invalid_request_error", "request_timeout")
     NAME_TAKEN = (409, "conflict_error", "name_taken")
     ADAPTER_UNAVAILABLE = (409, "conflict_error", "adapter_unavailable")
     TOO_MANY_ADAPTERS = (409, "conflict_error", "too_many_adapters")
@@ -112,6 +113,7 @@ def stopping_error() -> ServiceError:
 _KIND_OF_STATUS = {
     404: ErrorKind.NOT_FOUND,
     405: ErrorKind.METHOD_NOT_ALLOWED,
+    408: ErrorKind.SLOW_BODY,
     413: ErrorKind.TOO_LARGE,
 }
 

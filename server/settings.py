@@ -138,6 +138,13 @@ class Settings(CatalogueSettings):
     pool_threads: int = Field(
         4, ge=1, le=256, description="Threads that tokenize, and as many that read adapters."
     )
+    max_client_seconds: float = Field(
+        30,
+        ge=1,
+        le=3600,
+        description="Time that a client has to send headers, to send a body (408 for either), to read more "
+        "of an answer, or to send the next request.",
+    )
     max_request_seconds: int = Field(
         600,
         ge=1,

@@ -78,11 +78,12 @@ class Observer:
 
 
 class BodyLimit:
-    """Refuses bodies of more than `max_bytes`: by their header, or else while they are read."""
+    """Refuses bodies of more than `max_bytes`, by their header or else while they are read, and slow ones."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_seconds: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_seconds = max_seconds
         self._message = f"the body has more than {max_bytes} bytes"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,14 +94,29 @@ class BodyLimit:
         if int(Headers(scope=scope).get("content-length", "0")) > self._max_bytes:
             await answer(ServiceError(ErrorKind.TOO_LARGE, self._message))(scope, receive, send)
             return
-        size = 0
+        await self._app(scope, self._limited(receive, scope["state"]["begun"]), send)
 
-        async def counted_receive() -> Message:
-            nonlocal size
-            message = await receive()
+    def _limited(self, receive: Receive, begun: float) -> Receive:
+        size, complete = 0, False
+
+        async def receive_within_limits() -> Message:
+            nonlocal size, complete
+            if complete:
+                return await receive()
+            message = await self._in_time(receive, begun + self._max_seconds)
             size += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
             if size > self._max_bytes:
                 raise HTTPException(ErrorKind.TOO_LARGE.status, self._message)
             return message
 
-        await self._app(scope, counted_receive, send)
+        return receive_within_limits
+
+    async def _in_time(self, receive: Receive, deadline: float) -> Message:
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await receive()
+        except TimeoutError:
+            message = f"the body took more than {self._max_seconds:g} seconds"
+            # What is still to come of it would be taken for the next request.
+            raise HTTPException(ErrorKind.SLOW_BODY.status, message, {"connection": "close"}) from None
