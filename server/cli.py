@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import logging
 import math
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -93,7 +94,11 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._engine.draining = True
-        super().handle_exit(sig, frame)
+        if sig == signal.SIGTERM:
+            # uvicorn would end the process by this signal after all; it ends in order, with 0.
+            self.should_exit = True
+        else:
+            super().handle_exit(sig, frame)
 
 
 def _url(host: str, port: int | None) -> str:
