@@ -29,6 +29,8 @@ AdapterName = Annotated[str, Field(pattern=FULL_NAME_PATTERN)]
 Source = Annotated[
     str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f]+$"), AfterValidator(_unicode)
 ]
+Priority = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+"""As in vLLM, lower is earlier; here among what waits of the same tenant."""
 Pair = Annotated[list[Text], Field(min_length=2, max_length=2)]
 
 
@@ -44,6 +46,7 @@ class ClassifyRequest(Body):
     model: ModelName
     input: Text | Annotated[list[Text | Pair], Field(min_length=1)]
     return_routes: bool = False
+    priority: Priority = 0
     user: Text | None = None
 
     @property
@@ -58,10 +61,10 @@ class VllmClassifyRequest(Body):
     input: Text | Annotated[list[Text], Field(min_length=1)]
     use_activation: bool | None = None
     truncate_prompt_tokens: Literal[-1] | None = None
+    priority: Priority = 0
     user: Text | None = None
 
     add_special_tokens: Literal[True] = True
-    priority: Literal[0] = 0
 
     @property
     def inputs(self) -> list[str | list[str]]:
@@ -113,6 +116,7 @@ class EmbeddingsRequest(Body):
     model: ModelName
     input: Text | Annotated[list[Text], Field(min_length=1)]
     encoding_format: Literal["float", "base64"] = "float"
+    priority: Priority = 0
     user: Text | None = None
 
     dimensions: None = None

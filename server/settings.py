@@ -99,9 +99,10 @@ class Settings(CatalogueSettings):
         128,
         ge=1,
         le=1_048_576,
-        description="Tokens of prompts that one tenant may take of a forward pass, or one longer prompt. "
-        "Others wait for the pass that runs: less makes their waits shorter, more makes full batches of "
-        "one tenant faster. Without keys there is no such bound.",
+        description="Tokens of prompts that one tenant may take of a forward pass, or one longer prompt; a "
+        "quarter of them beside tenants that ask for little. Others wait for the pass that runs: less makes "
+        "their waits shorter, more makes full batches of one tenant faster. Without keys there is no such "
+        "bound.",
     )
     max_sequences: int = Field(16, ge=1, le=1024, description="Generations that run at a time, per base.")
     max_cache_tokens: int = Field(

@@ -96,6 +96,7 @@ class Generation:
                 base=self.target.base.name,
                 adapter=adapter,
                 tenant=self.target.caller.tenant,
+                priority=self.body.priority,
                 token_ids=prompt.token_ids,
                 sampling=sampling_params(self.body, limit, logprobs, choice),
                 constraint=constraint and constraint.copy(),

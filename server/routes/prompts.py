@@ -37,6 +37,7 @@ async def run_prompts(
     *,
     param: str = "input",
     truncate: bool = False,
+    priority: int = 0,
 ) -> list[Sequence]:
     """Run the texts that a request has in its field `param`; returns the ended sequences in their order.
 
@@ -53,6 +54,7 @@ async def run_prompts(
             base=target.base.name,
             adapter=adapter,
             tenant=target.caller.tenant,
+            priority=priority,
             token_ids=prompt.token_ids,
             token_type_ids=prompt.token_type_ids,
             index=index,

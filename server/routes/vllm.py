@@ -84,7 +84,13 @@ async def classify(
     """Classify one or more texts. With `use_activation` false, `probs` are logits."""
     target = classifier(engine, caller, body.model or only_classifier(engine, caller))
     sequences = await run_prompts(
-        engine, target, body.inputs, request, response, truncate=body.truncate_prompt_tokens is not None
+        engine,
+        target,
+        body.inputs,
+        request,
+        response,
+        truncate=body.truncate_prompt_tokens is not None,
+        priority=body.priority,
     )
     tokens = sum(len(sequence.token_ids) for sequence in sequences)
     return VllmClassifyResponse(

@@ -226,6 +226,21 @@ def test_a_full_queue_is_429_with_retry_after(live, threads, brake):
     assert answers == [200, 200, 200, 200]
 
 
+def test_what_is_urgent_runs_before_what_came_earlier(live, threads, brake):
+    held = brake(live, "enc")
+    first = threads.submit(live.classify, model="mood", input="w1")
+    held.until(lambda: len(held.batches) == 1)
+    asked = []
+    # Of these texts one fits into a step.
+    for number, priority in enumerate((3, 0, -2, 0)):
+        body = {"model": "mood", "input": "w1 " * 40, "priority": priority}
+        asked.append(threads.submit(live.classify, **body))
+        held.until(lambda n=number: waiting(live, "enc") == n + 1)
+    held.release()
+    assert {future.result().status_code for future in (first, *asked)} == {200}
+    assert [sequence.priority for [sequence] in held.batches[1:]] == [-2, 0, 0, 3]
+
+
 def test_leaving_a_stream_frees_its_pages(live, brake):
     held = brake(live, "dec")
     held.release()
