@@ -28,10 +28,10 @@ def all_free(live: Live) -> bool:
     return runner.num_free_pages == runner.num_pages
 
 
-def send(live: Live, body: dict[str, Any]) -> socket.socket:
-    """Ask for a completion and return the connection, for a client that will not wait for the answer."""
+def send(live: Live, body: dict[str, Any], path: str = "/v1/completions") -> socket.socket:
+    """Send a request and return the connection, for a client that will not wait for the answer."""
     content = json.dumps(body)
-    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     url = httpx.URL(live.url)
     connection = socket.create_connection((url.host, url.port))
     connection.sendall(f"{head}content-length: {len(content)}\r\n\r\n{content}".encode())
