@@ -31,6 +31,7 @@ T = TypeVar("T")
 IDLE_SECONDS = 1
 """A worker without work looks for some this often, which shows that it is there."""
 JOIN_SECONDS = 10
+"""How long a worker may take to end when the engine stops; one that is stuck never does."""
 log = logging.getLogger(__name__)
 
 

@@ -88,9 +88,10 @@ class FairQueue(Generic[Q]):
     up, and each that waits gets the same share however much the others ask for.
 
     Of one step a tenant gets at most `share` tokens, or one prompt that is longer, so that a step which
-    others wait for is short. Beside a tenant that asks for little it gets a quarter of that: the other's
-    next request finds a short step under way and few neighbours in its own. A tenant asks for little that
-    was active lately and has no more waiting than its share. Sequences of no tenant know no such bounds.
+    others wait for is short. Beside a tenant that asks for little it gets a quarter of that, and nothing in
+    a step that takes the other's, unless it had nothing in the one before: the other's next request finds
+    a short step under way, and no neighbours in its own. A tenant asks for little that was active lately
+    and has no more waiting than its share. Sequences of no tenant know no such bounds.
     """
 
     def __init__(self, share: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -109,6 +110,8 @@ class FairQueue(Generic[Q]):
         """When a tenant was last active."""
         self._modest: set[str | None] = set()
         """Who asks for little in this step."""
+        self._reserved = False
+        """Whether this step is for them alone."""
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -138,6 +141,7 @@ class FairQueue(Generic[Q]):
         self._seen |= dict.fromkeys((sequence.tenant for sequence in started), now)
         self._seen = {tenant: seen for tenant, seen in self._seen.items() if now - seen <= RECENT_SECONDS}
         self._modest = {tenant for tenant in self._seen if self._tokens(tenant) <= self._share}
+        self._reserved = not self._reserved and any(tenant in self._waiting for tenant in self._modest)
         self._taken.clear()
         if partial is not None:
             self._taken[partial.tenant] = partial.num_new_tokens
@@ -218,6 +222,8 @@ class FairQueue(Generic[Q]):
         return min(ready, key=lambda tenant: (self._given[tenant], len(self._waiting[tenant])))
 
     def _may_take(self, tenant: str | None) -> bool:
+        if self._reserved and self.yields(tenant) and tenant not in self._modest:
+            return False
         taken = self._taken[tenant]
         return not taken or taken + self._waiting[tenant].peek().num_new_tokens <= self.share(tenant)
 

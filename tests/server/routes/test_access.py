@@ -108,6 +108,7 @@ class _NoEngine:
 
     class settings:  # noqa: N801
         max_body_bytes = 1024
+        max_client_seconds = 1
 
     metrics = None
 
