@@ -16,7 +16,7 @@ from molex.threads import release_helpers
 from server.adapters import AdapterStore
 from server.base import Base, load_base
 from server.errors import internal_error, stopping_error, stuck_error
-from server.heartbeat import LOOK_SECONDS, Heartbeat
+from server.heartbeat import LOOK_SECONDS, Heartbeat, cpu_clock, cpu_seconds
 from server.loader import Loader
 from server.metrics import Metrics
 from server.pool import Pool
@@ -58,6 +58,7 @@ class Engine:
         self._heartbeat = Heartbeat(settings.max_stall_seconds)
         self._watch: asyncio.Task[None] | None = None
         self._rounds = 0
+        self._cpu_clock: int | None = None
         self._worker = Thread(target=self._work, name="worker", daemon=True)
         self._pool = Pool(settings.pool_threads, "pool")
         self.loader = Loader(adapters, metrics, threads=settings.pool_threads)
@@ -139,6 +140,7 @@ class Engine:
             self._wake.notify()
 
     def _work(self) -> None:
+        self._cpu_clock = cpu_clock()
         try:
             while batch := self._schedule():
                 output = self._run(batch)
@@ -223,7 +225,8 @@ class Engine:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             runners = [base.runner for base in self.bases.values()]
-            self._heartbeat.look(self._rounds + sum(runner.progress for runner in runners))
+            progress = self._rounds + sum(runner.progress for runner in runners)
+            self._heartbeat.look(progress, cpu_seconds(self._cpu_clock))
             if self._heartbeat.stuck:
                 self._give_up()
 

@@ -157,7 +157,7 @@ class Settings(CatalogueSettings):
         ge=1,
         le=3600,
         description="Time without progress, which a single layer is, after which the worker counts as stuck: "
-        "/readyz and whatever waits get 503.",
+        "/readyz and whatever waits get 503. It has 15 times as long while it computes.",
     )
     grace_seconds: int = Field(
         30, ge=0, le=3600, description="Time for running requests to finish after SIGTERM."

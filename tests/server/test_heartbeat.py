@@ -8,7 +8,7 @@ import sys
 
 import httpx
 
-from server.heartbeat import LOOK_SECONDS, LOST_SECONDS, Heartbeat
+from server.heartbeat import BUSY_PATIENCE, BUSY_SECONDS, LOOK_SECONDS, LOST_SECONDS, Heartbeat
 from tests.server.looks import LONG, idle
 
 BROKEN = """
@@ -21,14 +21,14 @@ cli.app()
 
 def look(target: Heartbeat, progress: int, seconds: float) -> None:
     for _ in range(int(seconds / LOOK_SECONDS)):
-        target.look(progress)
+        target.look(progress, 1.0)
 
 
 def test_it_is_stuck_after_standing_still_and_lost_long_after():
     target = Heartbeat(patience=4)
     look(target, 7, 4)
     assert not target.stuck
-    target.look(7)
+    target.look(7, 1.0)
     assert target.stuck
     assert not target.lost
     look(target, 7, LOST_SECONDS)
@@ -42,8 +42,17 @@ def test_any_progress_is_a_new_start():
         assert not target.stuck
     look(target, 19, 1)
     assert target.stuck
-    target.look(20)
+    target.look(20, 1.0)
     assert not target.stuck
+
+
+def test_one_that_computes_has_more_time_but_not_for_ever():
+    target = Heartbeat(patience=1)
+    for number in range(int(BUSY_PATIENCE / LOOK_SECONDS)):
+        target.look(3, number * BUSY_SECONDS * 2)
+        assert not target.stuck
+    look(target, 3, 2)
+    assert target.stuck
 
 
 def test_a_stuck_worker_leaves_nobody_waiting_and_may_come_back(settings, start, threads, brake):
@@ -72,7 +81,7 @@ def test_a_worker_that_is_slow_is_not_stuck(settings, start, monkeypatch):
     runner, engine = live.engine.bases["enc"].runner, live.engine
     looks = []
     look_at = engine._heartbeat.look
-    monkeypatch.setattr(engine._heartbeat, "look", lambda progress: (look_at(progress), looks.append(1)))
+    monkeypatch.setattr(engine._heartbeat, "look", lambda *seen: (look_at(*seen), looks.append(1)))
     advance = runner._advance_pass
 
     def slow(running, depths):
