@@ -67,7 +67,7 @@ class Kind:
 
 KINDS = {
     "classification": Kind(DEMO_ENCODER, "sst2-molex", 20, None, texts=8, callers=8),
-    "generation": Kind(DEMO_DECODER, "e2e-molex", 1, 16, texts=1, callers=48),
+    "generation": Kind(DEMO_DECODER, "e2e-molex", 1, 16, texts=1, callers=24),
 }
 
 
