@@ -60,6 +60,7 @@ def test_a_stuck_worker_leaves_nobody_waiting_and_may_come_back(settings, start,
     held = brake(live, "dec")
     body = {"model": "writer", "prompt": "w1", **LONG}
     asked = [threads.submit(live.complete, **body, stream=stream) for stream in (False, True)]
+    held.until(lambda: len(held.batches) == 1)
     asked.append(threads.submit(live.classify, model="mood", input="w1"))
     for future in asked:
         assert future.result().status_code == 503
