@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import math
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -35,6 +37,7 @@ from server.doctor.checks import examine
 from server.engine import Engine
 from server.errors import ServiceError
 from server.precision import choose_precision
+from server.protocol import bounded_protocol
 from server.settings import Settings, is_option, problems, shown
 
 log = logging.getLogger(__name__)
@@ -60,6 +63,8 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                http=bounded_protocol(settings.max_client_seconds),
+                timeout_keep_alive=math.ceil(settings.max_client_seconds),
                 timeout_graceful_shutdown=settings.grace_seconds,
             )
         )
@@ -86,9 +91,16 @@ class Server(uvicorn.Server):
                 banner(self._engine, url, admin_url, self._refused)
             )
 
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._engine.lost
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._engine.draining = True
-        super().handle_exit(sig, frame)
+        if sig == signal.SIGTERM:
+            # uvicorn would end the process by this signal after all; it ends in order, with 0.
+            self.should_exit = True
+        else:
+            super().handle_exit(sig, frame)
 
 
 def _url(host: str, port: int | None) -> str:
@@ -109,6 +121,8 @@ def run_server(settings: Settings) -> None:
     # uvicorn has shut down in order by then and only passes Ctrl-C on.
     with suppress(KeyboardInterrupt):
         asyncio.run(Server(engine, Access.load(settings), refused).serve())
+    if engine.lost:
+        sys.exit("the worker thread is stuck or has died: this process ends, to be started anew")
 
 
 def serve(**options: Any) -> None:

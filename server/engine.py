@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from threading import Condition, Thread
 from time import perf_counter
@@ -16,7 +16,8 @@ from molex.routing import Route
 from molex.threads import release_helpers
 from server.adapters import AdapterStore
 from server.base import Base, load_base
-from server.errors import internal_error, stopping_error
+from server.errors import internal_error, stopping_error, stuck_error
+from server.heartbeat import LOOK_SECONDS, Heartbeat, cpu_clock, cpu_seconds
 from server.loader import Loader
 from server.metrics import Metrics
 from server.pool import Pool
@@ -24,39 +25,15 @@ from server.runner import StepOutput
 from server.scheduler import Batch, Scheduler
 from server.sequence import Sequence, Update
 from server.settings import Settings
+from server.submission import Submission, in_time
 
 P = ParamSpec("P")
 T = TypeVar("T")
+IDLE_SECONDS = 1
+"""A worker without work looks for some this often, which shows that it is there."""
+JOIN_SECONDS = 10
+"""How long a worker may take to end when the engine stops; one that is stuck never does."""
 log = logging.getLogger(__name__)
-
-
-class Submission:
-    """The sequences of one request on their way, as its handler sees them."""
-
-    def __init__(self, sequences: Seq[Sequence], cancel: Callable[[Seq[Sequence]], None]) -> None:
-        self.sequences = sequences
-        self._cancel = cancel
-        self._queue: asyncio.Queue[Update] = asyncio.Queue()
-        for sequence in sequences:
-            sequence.sink = self._queue.put_nowait
-
-    async def updates(self) -> AsyncIterator[Update]:
-        """Updates of all the sequences as they come. Raises the first failure, a ServiceError."""
-        remaining = len(self.sequences)
-        while remaining:
-            update = await self._queue.get()
-            if update.error is not None:
-                raise update.error
-            remaining -= update.last
-            yield update
-
-    async def finished(self) -> list[Update]:
-        """All updates, once every sequence has ended."""
-        return [update async for update in self.updates()]
-
-    def cancel(self) -> None:
-        """Drop what has not ended: nobody waits for it any more."""
-        self._cancel(self.sequences)
 
 
 class Engine:
@@ -80,13 +57,17 @@ class Engine:
         self._alone: deque[Sequence] = deque()
         self._wake = Condition()
         self._stopping = False
+        self._heartbeat = Heartbeat(settings.max_stall_seconds)
+        self._watch: asyncio.Task[None] | None = None
+        self._rounds = 0
+        self._cpu_clock: int | None = None
         self._worker = Thread(target=self._work, name="worker", daemon=True)
         self._pool = Pool(settings.pool_threads, "pool")
         self.loader = Loader(adapters, metrics, threads=settings.pool_threads)
         adapters.watch_use(lambda: self._adapters_in_use(bases))
         self._loop: asyncio.AbstractEventLoop | None = None
         for name in bases:
-            self._watch(name)
+            self._report(name)
         metrics.watch_adapters(settings.max_resident_adapters, self._names_in_use)
 
     @classmethod
@@ -98,20 +79,21 @@ class Engine:
         return cls(settings, bases, adapters, metrics)
 
     @property
-    def alive(self) -> bool:
-        """Whether the worker thread runs."""
-        return self._worker.is_alive()
-
-    @property
     def ready(self) -> bool:
         """Whether new requests should be sent here."""
-        return self.alive and not self.draining
+        return self._worker.is_alive() and not (self._heartbeat.stuck or self.draining)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the worker has died or been stuck for so long that this process had better end."""
+        return self._heartbeat.lost
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         # This thread has loaded the bases. From now on only the worker should have helpers.
         release_helpers()
         self._worker.start()
+        self._watch = asyncio.create_task(self._watch_worker())
 
     async def stop(self) -> None:
         """End the worker after its current step and answer what is left with 503."""
@@ -119,40 +101,52 @@ class Engine:
         with self._wake:
             self._stopping = True
             self._wake.notify()
+        if self._watch is not None:
+            self._watch.cancel()
         if self._worker.is_alive():
-            await asyncio.to_thread(self._worker.join)
+            await asyncio.to_thread(self._worker.join, JOIN_SECONDS)
         self._pool.close()
         self.loader.close()
 
-    async def in_pool(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run what blocks on a pool thread."""
-        return await self._pool.run(function, *args, **kwargs)
+    async def in_pool(
+        self, deadline: float, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Run what blocks on a pool thread. Raises ServiceError (504) at the deadline, as in `submit`."""
+        async with in_time(deadline):
+            return await self._pool.run(function, *args, **kwargs)
 
-    def submit(self, sequences: Seq[Sequence]) -> Submission:
+    def submit(self, sequences: Seq[Sequence], deadline: float) -> Submission:
         """Admit the sequences of one request, all of them on one base.
 
-        Raises ServiceError: 429 where the queue is full, 503 where the engine has stopped.
+        At `deadline`, on the clock of the event loop, what has not ended is dropped and fails with 504.
+        Raises ServiceError: 429 where the queue is full, 503 where the worker has stopped or is stuck.
         """
         submission = Submission(sequences, self._cancel)
         now = perf_counter()
         for sequence in sequences:
             sequence.timings.queued = now
         with self._wake:
-            if self._stopping:
-                raise stopping_error()
+            self._check_running()
             self._scheduler.add(sequences)
             self._wake.notify()
+        submission.expire_at(deadline)
         return submission
 
-    def submit_alone(self, sequence: Sequence) -> Submission:
-        """Admit a prompt ahead of the queue, to a step of its own. Raises ServiceError (503)."""
+    def submit_alone(self, sequence: Sequence, deadline: float) -> Submission:
+        """Admit a prompt ahead of the queue, to a step of its own; otherwise as `submit`."""
         submission = Submission([sequence], self._cancel)
         with self._wake:
-            if self._stopping:
-                raise stopping_error()
+            self._check_running()
             self._alone.append(sequence)
             self._wake.notify()
+        submission.expire_at(deadline)
         return submission
+
+    def _check_running(self) -> None:
+        if self._stopping:
+            raise stopping_error()
+        if self._heartbeat.stuck:
+            raise stuck_error()
 
     def _cancel(self, sequences: Seq[Sequence]) -> None:
         for sequence in sequences:
@@ -161,6 +155,7 @@ class Engine:
             self._wake.notify()
 
     def _work(self) -> None:
+        self._cpu_clock = cpu_clock()
         try:
             while self._step():
                 pass
@@ -183,13 +178,14 @@ class Engine:
         """Wait for work and choose the next batch; None when the engine stops."""
         with self._wake:
             while not self._stopping:
+                self._rounds += 1
                 self._drop_cancelled()
                 if self._alone:
                     return Batch(self._alone[0].base, (self._alone[0],))
                 if batch := self._scheduler.schedule():
                     self._mark_started(batch)
                     return batch
-                self._wake.wait()
+                self._wake.wait(IDLE_SECONDS)
         return None
 
     def _drop_cancelled(self) -> None:
@@ -256,6 +252,25 @@ class Engine:
         except RuntimeError:
             log.warning("updates are lost: the event loop has closed")
 
+    async def _watch_worker(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            runners = [base.runner for base in self.bases.values()]
+            progress = self._rounds + sum(runner.progress for runner in runners)
+            self._heartbeat.look(progress, cpu_seconds(self._cpu_clock))
+            if self._heartbeat.stuck:
+                self._give_up()
+
+    def _give_up(self) -> None:
+        """Answer everything that waits on a worker that is stuck; should it go on, it drops all of it."""
+        with self._wake:
+            sequences = [*self._alone, *self._scheduler.running(), *self._scheduler.waiting()]
+        left = [sequence for sequence in sequences if not sequence.cancelled]
+        if left:
+            log.critical("the worker thread is stuck; %d sequences get 503", len(left))
+        self._cancel(left)
+        _dispatch(Update(sequence, error=stuck_error()) for sequence in left)
+
     def _abandon(self) -> None:
         """Answer everything that is left, when the worker ends."""
         with self._wake:
@@ -285,7 +300,7 @@ class Engine:
             [adapter.name for adapter in served if adapter.digest in waiting],
         )
 
-    def _watch(self, base: str) -> None:
+    def _report(self, base: str) -> None:
         runner = self.bases[base].runner
         self.metrics.watch_base(
             base,

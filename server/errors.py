@@ -28,6 +28,7 @@ class ErrorKind(Enum):
     TENANT_NOT_FOUND = (404, "not_found_error", "tenant_not_found")
     KEY_NOT_FOUND = (404, "not_found_error", "key_not_found")
     METHOD_NOT_ALLOWED = (405, "invalid_request_error", "method_not_allowed")
+    SLOW_BODY = (408, "invalid_request_error", "request_timeout")
     NAME_TAKEN = (409, "conflict_error", "name_taken")
     ADAPTER_UNAVAILABLE = (409, "conflict_error", "adapter_unavailable")
     TOO_MANY_ADAPTERS = (409, "conflict_error", "too_many_adapters")
@@ -44,7 +45,9 @@ class ErrorKind(Enum):
     INTERNAL = (500, "server_error", "internal_error")
     STOPPING = (503, "server_error", "shutting_down")
     SOURCE_DOWN = (503, "server_error", "source_unavailable")
+    STUCK = (503, "server_error", "worker_stuck")
     CATALOGUE_DOWN = (503, "server_error", "catalogue_unavailable")
+    DEADLINE = (504, "timeout_error", "deadline_exceeded")
 
     def __init__(self, status: int, error_type: str, code: str) -> None:
         self.status = status
@@ -102,6 +105,14 @@ def model_not_found(name: str) -> ServiceError:
     return ServiceError(ErrorKind.MODEL_NOT_FOUND, message, param="model")
 
 
+def stuck_error() -> ServiceError:
+    return ServiceError(ErrorKind.STUCK, "the server does not get on with its work", retry_after=5)
+
+
+def deadline_error() -> ServiceError:
+    return ServiceError(ErrorKind.DEADLINE, "the request was not done within its time")
+
+
 def stopping_error() -> ServiceError:
     return ServiceError(ErrorKind.STOPPING, "the server is shutting down", retry_after=5)
 
@@ -109,6 +120,7 @@ def stopping_error() -> ServiceError:
 _KIND_OF_STATUS = {
     404: ErrorKind.NOT_FOUND,
     405: ErrorKind.METHOD_NOT_ALLOWED,
+    408: ErrorKind.SLOW_BODY,
     413: ErrorKind.TOO_LARGE,
 }
 

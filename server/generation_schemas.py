@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from server.grammar import GrammarRequest
-from server.schemas import Body, ModelName, Text, Texts, User
+from server.schemas import Body, ModelName, Priority, Text, Texts, User
 from server.settings import MAX_INPUTS
 
 MAX_SEED = 2**63 - 1
@@ -86,7 +86,7 @@ class StructuredOutputs(Body):
 class GenerationRequest(Body):
     """What `/v1/completions` and `/v1/chat/completions` have in common.
 
-    `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`, `structured_outputs` (all as in vLLM) and
+    `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`, `structured_outputs`, `priority` (as in vLLM) and
     `return_routes` are extensions of OpenAI's API. `user` is for the caller's own records.
     """
 
@@ -109,6 +109,7 @@ class GenerationRequest(Body):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     return_routes: bool = False
+    priority: Priority = 0
     user: User | None = None
 
     @property

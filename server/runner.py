@@ -12,14 +12,27 @@ from torch import Tensor
 
 from molex.kv_cache import PAGE_TOKENS, KVCache
 from molex.model import MolexModel
-from molex.passes import RunOutput, RunStats
+from molex.passes import Pass, RunOutput, RunStats
 from molex.prefix import page_keys
 from molex.row import Row
-from molex.sampling import LogitRow, SampledToken, logit_rows, new_generator, new_processor
+from molex.sampling import (
+    LogitRow,
+    SampledToken,
+    SamplingParams,
+    logit_rows,
+    new_generator,
+    new_processor,
+)
 from server.detokenizer import TextStream
 from server.errors import ServiceError, internal_error
 from server.sequence import Sequence, Status, TokenText, Update
 from server.tokenization import Tokenization
+
+MAX_SPLITS = 32
+"""How often a step halves what has failed: enough to find two faulty sequences among 256."""
+
+Results = tuple[RunOutput, list[Tensor | LogitRow]]
+"""Of a pass, and what each of its sequences goes on with."""
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +55,8 @@ class ModelRunner:
         self._tokenization = tokenization
         self._reuses = reuse_prefixes
         self._cache = model.new_cache(cache_tokens // PAGE_TOKENS) if model.spec.generates else None
+        self.progress = 0
+        """Grows with every depth that runs and every sequence that is taken on: who looks sees it work."""
 
     @property
     def num_pages(self) -> int:
@@ -68,40 +83,80 @@ class ModelRunner:
         step = StepOutput([])
         whole = sequences[:-1] if part_tokens else sequences
         if whole:
-            begin = perf_counter()
-            output = self._model.run([self._row(sequence) for sequence in whole], self._cache)
-            self._end_pass(step, whole, output, perf_counter() - begin)
+            self._run_whole(step, whole)
         if part_tokens:
             self._run_part(step, sequences[-1], part_tokens)
         return step
 
+    def _run_whole(self, step: StepOutput, sequences: Seq[Sequence]) -> None:
+        """One pass of all the sequences. Where it raises, its halves run, so that a faulty one fails alone.
+
+        A pass changes nothing of a sequence before all of it has run, but the pages of its new tokens: those
+        are written again, with the same values, before they are read.
+        """
+        left, splits = [sequences], 0
+        while left:
+            some = left.pop()
+            begin = perf_counter()
+            try:
+                results = self._forward(some)
+            except Exception as error:
+                if len(some) == 1 or splits == MAX_SPLITS:
+                    log.exception("a pass of %d sequences failed", len(some))
+                    step.updates.extend(self.fail(some).updates)
+                    continue
+                log.warning("a pass of %d sequences failed, its halves run: %r", len(some), error)
+                splits += 1
+                left += [some[len(some) // 2 :], some[: len(some) // 2]]
+            else:
+                self._end_pass(step, some, *results, perf_counter() - begin)
+
+    def _forward(self, sequences: Seq[Sequence]) -> Results:
+        running = self._model.begin([self._row(sequence) for sequence in sequences], self._cache)
+        self._advance_pass(running, running.depths_left)
+        return self._results(running, sequences)
+
+    def _advance_pass(self, running: Pass, depths: int) -> None:
+        for _ in range(depths):
+            running.advance(1)
+            self.progress += 1
+
+    def _results(self, running: Pass, sequences: Seq[Sequence]) -> Results:
+        output = running.output()
+        return output, _side_by_side(sequences, output.logits)
+
     def _end_pass(
-        self, step: StepOutput, sequences: Seq[Sequence], output: RunOutput, seconds: float
+        self,
+        step: StepOutput,
+        sequences: Seq[Sequence],
+        output: RunOutput,
+        outputs: Seq[Tensor | LogitRow],
+        seconds: float,
     ) -> None:
         step.stats.append(output.stats)
-        outputs = _side_by_side(sequences, output.logits)
         for sequence, logits, route in zip(sequences, outputs, output.routes, strict=True):
             sequence.timings.forward += seconds
             sequence.start += len(sequence.new_token_ids)
             sequence.route = route
             step.updates.append(self._advance(sequence, logits))
+            self.progress += 1
 
     def _run_part(self, step: StepOutput, sequence: Sequence, tokens: int) -> None:
         """Run a long prompt through some more depths. What it raises concerns nobody else."""
         begin = perf_counter()
         try:
             running = sequence.paused or self._model.begin([self._row(sequence)], self._cache)
-            running.advance(running.depths_within(tokens))
+            self._advance_pass(running, running.depths_within(tokens))
             sequence.paused = running if running.depths_left else None
-            output = None if running.depths_left else running.output()
+            results = None if running.depths_left else self._results(running, [sequence])
         except Exception:
             log.exception("a prompt that runs in parts failed")
             step.updates.append(self._failure(sequence))
             return
-        if output is None:
+        if results is None:
             sequence.timings.forward += perf_counter() - begin
         else:
-            self._end_pass(step, [sequence], output, perf_counter() - begin)
+            self._end_pass(step, [sequence], *results, perf_counter() - begin)
 
     def fail(self, sequences: Seq[Sequence]) -> StepOutput:
         """Answer every sequence of a step that raised."""
@@ -127,18 +182,19 @@ class ModelRunner:
         )
 
     def _begin(self, sequence: Sequence) -> None:
+        """Get a sequence ready to run. Where that raises nothing has happened, and it can be tried again."""
+        if sequence.sampling is not None:
+            self._begin_generation(sequence, sequence.sampling)
         sequence.status = Status.RUNNING
-        if sequence.sampling is None:
-            return
+
+    def _begin_generation(self, sequence: Sequence, sampling: SamplingParams) -> None:
         assert self._cache is not None
-        self._take_pages(sequence, self._cache, sequence.sampling.max_tokens)
-        sequence.generator = new_generator(sequence.sampling.seed)
+        sequence.generator = new_generator(sampling.seed)
         sequence.processor = new_processor(
-            sequence.sampling, sequence.token_ids, self._model.spec.vocab_size, sequence.constraint
+            sampling, sequence.token_ids, self._model.spec.vocab_size, sequence.constraint
         )
-        sequence.text_stream = TextStream(
-            self._tokenization.decode, sequence.token_ids, sequence.sampling.stop
-        )
+        sequence.text_stream = TextStream(self._tokenization.decode, sequence.token_ids, sampling.stop)
+        self._take_pages(sequence, self._cache, sampling.max_tokens)
 
     def _take_pages(self, sequence: Sequence, cache: KVCache, max_tokens: int) -> None:
         prompt = sequence.token_ids

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from server.errors import ErrorKind, ServiceError
@@ -18,6 +18,10 @@ class Schedulable(Protocol):
     def base(self) -> str: ...
     @property
     def tenant(self) -> str | None: ...
+    @property
+    def priority(self) -> int:
+        """Lower is earlier, among the sequences of one tenant."""
+
     @property
     def num_new_tokens(self) -> int:
         """Tokens that its next step feeds to the model: the whole prompt first, then one at a time.
@@ -49,15 +53,21 @@ class Room:
     tokens: int
     generations: int
     pages: int
+    held: Counter[str | None] = field(default_factory=Counter)
+    """Generations of each tenant that hold a place."""
+    held_pages: Counter[str | None] = field(default_factory=Counter)
 
     def fits(self, sequence: Schedulable) -> bool:
         """Whether there is a place in the cache for it."""
         return not sequence.num_pages or (self.generations > 0 and sequence.num_pages <= self.pages)
 
-    def take(self, sequence: Schedulable) -> None:
-        self.tokens -= sequence.num_new_tokens
-        self.generations -= sequence.num_pages > 0
-        self.pages -= sequence.num_pages
+    def hold(self, sequence: Schedulable) -> None:
+        """Give it its place in the cache."""
+        if sequence.num_pages:
+            self.generations -= 1
+            self.pages -= sequence.num_pages
+            self.held[sequence.tenant] += 1
+            self.held_pages[sequence.tenant] += sequence.num_pages
 
 
 @dataclass(frozen=True)
@@ -78,8 +88,9 @@ class BaseQueue(Generic[S]):
     `num_pages` of cache are for them all; `partial` is the one whose prompt runs in parts.
     """
 
-    def __init__(self, num_pages: int, tenant_share: int) -> None:
+    def __init__(self, num_pages: int, max_sequences: int, tenant_share: int) -> None:
         self.num_pages = num_pages
+        self.max_sequences = max_sequences
         self.waiting: FairQueue[S] = FairQueue(tenant_share)
         self.running: list[S] = []
         self.partial: S | None = None
@@ -92,36 +103,66 @@ class BaseQueue(Generic[S]):
     def has_work(self) -> bool:
         return bool(self.waiting or self.started)
 
-    def take_prompts(self, room: Room) -> list[S]:
-        """Remove and return the waiting prompts that fit, in their order.
+    def begin_step(self, max_tokens: int) -> Room:
+        """What this step may take beside all that goes on."""
+        room = Room(max_tokens, self.max_sequences, self.num_pages)
+        for sequence in self.started:
+            room.hold(sequence)
+        room.tokens -= sum(sequence.num_new_tokens for sequence in self.running)
+        self.waiting.begin_step(self.started, self.partial)
+        return room
 
-        Where the first is longer than the room, it becomes the one that runs in parts. Generations that wait
-        for a place in the cache wait in their order, so that a large one has its turn, and do not hold up
-        what needs none.
+    def take_prompts(self, room: Room) -> None:
+        """Start the waiting prompts that fit, in their order.
+
+        One that is too long becomes the one that runs in parts: the first, where it is longer than the room,
+        or any that is longer than its tenant may run whole. Generations that wait for a place in the cache
+        wait in their order, so that a large one has its turn, and do not hold up what needs none.
         """
-        taken: list[S] = []
-        passed: list[S] = []
-        self.waiting.begin_step(self.partial)
+        blocked, taken = False, False
         while self.waiting.has_next:
             sequence = self.waiting.peek()
-            if sequence.num_pages and (passed or not room.fits(sequence)):
-                passed.append(self.waiting.set_aside())
-                continue
-            if sequence.num_new_tokens > room.tokens:
-                if not (taken or self.partial):
-                    self.partial = self.waiting.pop()
+            blocked = blocked or not room.fits(sequence)
+            if sequence.num_pages and (blocked or self._holds_enough(sequence, room)):
+                self.waiting.set_aside()
+            elif sequence.num_new_tokens > self.waiting.longest(sequence.tenant):
+                self._start_partial(room)
+            elif sequence.num_new_tokens <= room.tokens:
+                self.running.append(self.waiting.pop())
+                room.tokens -= sequence.num_new_tokens
+                room.hold(sequence)
+                taken = True
+            else:
+                if not taken:
+                    self._start_partial(room)
                 break
-            taken.append(self.waiting.pop())
-            room.take(sequence)
-        self.waiting.put_back(passed)
-        return taken
+        self.waiting.put_back()
+
+    def _holds_enough(self, sequence: S, room: Room) -> bool:
+        """Whether its tenant has half of the cache, and others who ask for little are to find a place."""
+        tenant = sequence.tenant
+        if not (room.held[tenant] and self.waiting.yields(tenant)):
+            return False
+        pages = room.held_pages[tenant] + sequence.num_pages
+        return room.held[tenant] >= self.max_sequences // 2 or pages > self.num_pages // 2
+
+    def _start_partial(self, room: Room) -> None:
+        """Let the next prompt run in parts, unless another does."""
+        if self.partial is None:
+            self.partial = self.waiting.pop()
+            room.hold(self.partial)
+        else:
+            self.waiting.set_aside()
 
     def take_part(self, room: Room) -> int:
         """How much of the prompt that runs in parts is for this step; 0 where there is none."""
         if self.partial is None:
             return 0
-        tokens = min(self.partial.num_new_tokens, max(1, room.tokens))
-        room.take(self.partial)
+        share = room.tokens
+        if self.waiting.yields(self.partial.tenant):
+            share = min(share, self.waiting.share(self.partial.tenant))
+        tokens = min(self.partial.num_new_tokens, max(1, share))
+        room.tokens -= tokens
         return tokens
 
 
@@ -147,11 +188,10 @@ class Scheduler(Generic[S]):
     ) -> None:
         """`num_pages`: the pages of the key-value cache of each base."""
         self._queues: dict[str, BaseQueue[S]] = {
-            base: BaseQueue(count, max_tenant_tokens) for base, count in num_pages.items()
+            base: BaseQueue(count, max_sequences, max_tenant_tokens) for base, count in num_pages.items()
         }
         self._turns = deque(self._queues)
         self._max_batch_tokens = max_batch_tokens
-        self._max_sequences = max_sequences
         self._max_queue = max_queue
 
     def num_waiting(self, base: str) -> int:
@@ -220,11 +260,9 @@ class Scheduler(Generic[S]):
         return None
 
     def _batch(self, base: str, queue: BaseQueue[S]) -> Batch[S]:
-        room = Room(self._max_batch_tokens, self._max_sequences, queue.num_pages)
-        for sequence in queue.running:
-            room.take(sequence)
+        room = queue.begin_step(self._max_batch_tokens)
         part_tokens = queue.take_part(room)
-        queue.running += queue.take_prompts(room)
+        queue.take_prompts(room)
         part_tokens = part_tokens or queue.take_part(room)
         return Batch(base, tuple(queue.started), part_tokens)
 

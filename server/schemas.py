@@ -24,6 +24,8 @@ User = Annotated[str, Field(max_length=512)]
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 AdapterName = Annotated[str, Field(pattern=FULL_NAME_PATTERN, max_length=MAX_FULL_NAME)]
 Source = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f]+$")]
+Priority = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+"""As in vLLM, lower is earlier; here among what waits of the same tenant."""
 Pair = Annotated[list[Text], Field(min_length=2, max_length=2)]
 
 
@@ -39,6 +41,7 @@ class ClassifyRequest(Body):
     model: ModelName
     input: Text | Annotated[list[Text | Pair], Field(min_length=1, max_length=MAX_INPUTS)]
     return_routes: bool = False
+    priority: Priority = 0
     user: User | None = None
 
     @property
@@ -53,10 +56,10 @@ class VllmClassifyRequest(Body):
     input: Text | Texts
     use_activation: bool | None = None
     truncate_prompt_tokens: Literal[-1] | None = None
+    priority: Priority = 0
     user: User | None = None
 
     add_special_tokens: Literal[True] = True
-    priority: Literal[0] = 0
 
     @property
     def inputs(self) -> list[str | list[str]]:
@@ -111,6 +114,7 @@ class EmbeddingsRequest(Body):
     model: ModelName
     input: Text | Texts
     encoding_format: Literal["float", "base64"] = "float"
+    priority: Priority = 0
     user: User | None = None
 
     dimensions: None = None

@@ -79,6 +79,8 @@ class Sequence:
     adapter: Adapter
     token_ids: list[int]
     tenant: str | None = None
+    priority: int = 0
+    """Lower is earlier, among the sequences of its tenant that wait."""
     sampling: SamplingParams | None = None
     constraint: Constraint | None = None
     token_type_ids: list[int] | None = None

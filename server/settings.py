@@ -24,6 +24,8 @@ FULL_NAME_PATTERN = r"^([a-z0-9][a-z0-9._-]{0,62}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,
 MAX_FULL_NAME = 192
 MAX_INPUTS = 4096
 """What `max_inputs` may be set to at most."""
+MAX_REQUEST_SECONDS = 86_400
+"""What `max_request_seconds` may be set to at most."""
 ALIAS_PATTERN = r"^[A-Za-z][A-Za-z0-9._-]{0,62}$"
 """Names of versions: never the same as a number."""
 
@@ -119,9 +121,10 @@ class Settings(CatalogueSettings):
         128,
         ge=1,
         le=1_048_576,
-        description="Tokens of prompts that one tenant may take of a forward pass, or one longer prompt. "
-        "Others wait for the pass that runs: less makes their waits shorter, more makes full batches of "
-        "one tenant faster. Without keys there is no such bound.",
+        description="Tokens of prompts that one tenant may take of a forward pass, or one longer prompt; a "
+        "quarter of them beside tenants that ask for little. Others wait for the pass that runs: less makes "
+        "their waits shorter, more makes full batches of one tenant faster. Without keys there is no such "
+        "bound.",
     )
     max_sequences: int = Field(16, ge=1, le=1024, description="Generations that run at a time, per base.")
     max_cache_tokens: int = Field(
@@ -173,6 +176,26 @@ class Settings(CatalogueSettings):
     )
     pool_threads: int = Field(
         4, ge=1, le=256, description="Threads that tokenize, and as many that read adapters."
+    )
+    max_client_seconds: float = Field(
+        30,
+        ge=1,
+        le=3600,
+        description="Time that a client has to send headers, to send a body (408 for either), to read more "
+        "of an answer, or to send the next request.",
+    )
+    max_request_seconds: int = Field(
+        600,
+        ge=1,
+        le=MAX_REQUEST_SECONDS,
+        description="Time for a request, then 504. The header x-request-timeout asks for less.",
+    )
+    max_stall_seconds: float = Field(
+        4,
+        ge=1,
+        le=3600,
+        description="Time without progress, which a single layer is, after which the worker counts as stuck: "
+        "/readyz and whatever waits get 503. It has 15 times as long while it computes.",
     )
     grace_seconds: int = Field(
         30, ge=0, le=3600, description="Time for running requests to finish after SIGTERM."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from molex.adapter import Adapter
 from server.engine import Engine
 from server.errors import ErrorKind, ServiceError
@@ -15,13 +17,17 @@ async def warm_up(engine: Engine, base: str, adapter: Adapter) -> None:
 
     Raises ServiceError (400) where that fails or gives a number that is not finite.
     """
+    deadline = asyncio.get_running_loop().time() + engine.settings.max_request_seconds
     encode = engine.bases[base].tokenization.encode
-    [prompt] = await engine.in_pool(encode, [TEXT], "text", truncate=True)
+    [prompt] = await engine.in_pool(deadline, encode, [TEXT], "text", truncate=True)
     sequence = Sequence(base, adapter, prompt.token_ids, token_type_ids=prompt.token_type_ids)
+    submission = engine.submit_alone(sequence, deadline)
     try:
-        await engine.submit_alone(sequence).finished()
+        await submission.finished()
     except ServiceError as error:
         if error.kind is not ErrorKind.INTERNAL:
             raise
         message = "the warm-up failed: a short text gives no answer of finite numbers with these weights"
         raise ServiceError(ErrorKind.BAD_ADAPTER, message) from error
+    finally:
+        submission.cancel()

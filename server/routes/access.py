@@ -9,7 +9,7 @@ import inspect
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Header, Request
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
@@ -20,10 +20,12 @@ from starlette.types import Scope as AsgiScope
 from server.auth.access import Access
 from server.auth.caller import Caller
 from server.catalogue.records import Scope
-from server.deps import access_of
-from server.errors import ErrorKind, ServiceError, error_of_status
+from server.deps import EngineDep, access_of
+from server.errors import ErrorKind, ServiceError, error_of_status, stopping_error
+from server.settings import MAX_REQUEST_SECONDS
 
 BEARER = HTTPBearer(auto_error=False, description="An API key, where the server has a catalogue of tenants.")
+TIMEOUT_HEADER = "x-request-timeout"
 UNCOUNTED = frozenset({Scope.ADMIN, Scope.METRICS})
 """What operators do is not held against the quota of a tenant."""
 
@@ -58,11 +60,35 @@ async def _let_in() -> None:
 
 
 OPEN = Depends(_let_in)
-Infer = Annotated[Caller, Depends(Needs(Scope.INFER))]
 ReadAdapters = Annotated[Caller, Depends(Needs(Scope.ADAPTERS_READ))]
 WriteAdapters = Annotated[Caller, Depends(Needs(Scope.ADAPTERS_WRITE))]
 ReadMetrics = Annotated[Caller, Depends(Needs(Scope.METRICS))]
 Administer = Annotated[Caller, Depends(Needs(Scope.ADMIN))]
+
+
+async def _may_infer(
+    request: Request,
+    engine: EngineDep,
+    caller: Annotated[Caller, Depends(Needs(Scope.INFER))],
+    timeout: Annotated[
+        float | None, Header(alias=TIMEOUT_HEADER, gt=0, le=MAX_REQUEST_SECONDS, allow_inf_nan=False)
+    ] = None,
+) -> Caller:
+    """A caller of the models, until when its request has to be done: `request.state.deadline`.
+
+    Raises ServiceError: 503 while the server shuts down, 400 where the header asks for too much time.
+    """
+    if engine.draining:
+        raise stopping_error()
+    limit = engine.settings.max_request_seconds
+    if timeout is not None and timeout > limit:
+        message = f"{TIMEOUT_HEADER}: {timeout:g} seconds; the limit is {limit}"
+        raise ServiceError(ErrorKind.INVALID_REQUEST, message, param=TIMEOUT_HEADER)
+    request.state.deadline = request.state.begun + (timeout or limit)
+    return caller
+
+
+Infer = Annotated[Caller, Depends(_may_infer)]
 
 
 def register(app: FastAPI, router: APIRouter) -> None:

@@ -50,12 +50,16 @@ async def create_chat_completion(
     body: ChatRequest, request: Request, engine: EngineDep, caller: Infer
 ) -> Response:
     """Answer a conversation. With `stream` the answer is a stream of server-sent events."""
-    watch = Stopwatch()
+    watch = Stopwatch(request.state.deadline)
     target = generator(engine, caller, body.model)
     generation = Generation(body, target, ChatShape(), watch, engine, request)
     tokenization = target.base.tokenization
     encoding = engine.in_pool(
-        tokenization.encode_chat, body.conversation, reserve=body.limit or 1, **body.template_options
+        watch.deadline,
+        tokenization.encode_chat,
+        body.conversation,
+        reserve=body.limit or 1,
+        **body.template_options,
     )
     adapter, prompt = await prepare(engine, target, watch, encoding)
     limit = body.limit or tokenization.max_length - len(prompt.token_ids)

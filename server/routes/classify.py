@@ -50,7 +50,7 @@ async def classify(
 ) -> ClassifyResponse:
     """Classify one or more texts with an adapter."""
     target = classifier(engine, caller, body.model)
-    sequences = await run_prompts(engine, target, body.inputs, request, response)
+    sequences = await run_prompts(engine, target, body.inputs, request, response, priority=body.priority)
     return _answer(target, sequences, return_routes=body.return_routes)
 
 

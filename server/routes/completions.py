@@ -55,14 +55,14 @@ async def create_completion(
     body: CompletionRequest, request: Request, engine: EngineDep, caller: Infer
 ) -> Response:
     """Continue one or more prompts. With `stream` the answer is a stream of server-sent events."""
-    watch = Stopwatch()
+    watch = Stopwatch(request.state.deadline)
     check_count(engine, len(body.prompts), "prompt")
     target = generator(engine, caller, body.model)
     limit = body.max_tokens or DEFAULT_MAX_TOKENS
     tokenization = target.base.tokenization
-    encoding = engine.in_pool(_encode, tokenization, body.prompts, limit)
+    encoding = engine.in_pool(watch.deadline, _encode, tokenization, body.prompts, limit)
     adapter, prompts = await prepare(engine, target, watch, encoding)
-    echoes = await engine.in_pool(_echoes, tokenization, body) if body.echo else []
+    echoes = await engine.in_pool(watch.deadline, _echoes, tokenization, body) if body.echo else []
     generation = Generation(body, target, CompletionShape(echoes), watch, engine, request)
     return await generation.respond(adapter, prompts, body.logprobs, limit)
 

@@ -45,7 +45,7 @@ async def create_embeddings(
     the caller's.
     """
     target = encoder(engine, caller, body.model)
-    sequences = await run_prompts(engine, target, body.inputs, request, response)
+    sequences = await run_prompts(engine, target, body.inputs, request, response, priority=body.priority)
     encoded = body.encoding_format == "base64"
     return EmbeddingsResponse(
         data=[_embedding(sequence, encoded=encoded) for sequence in sequences],

@@ -18,12 +18,13 @@ from molex.adapter import Adapter
 from molex.routing import flat_route
 from molex.sampling import SamplingParams
 from server.deps import Target, check_count, spend_tokens, unless_disconnected
-from server.engine import Engine, Submission
+from server.engine import Engine
 from server.errors import ServiceError
 from server.generation_schemas import GenerationRequest
 from server.grammar import GrammarConstraint
 from server.routes.timing import Stopwatch
 from server.sequence import Sequence, Timings, TokenText, Update
+from server.submission import Submission
 from server.tokenization import Prompt
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class Generation:
                 base=self.target.base.name,
                 adapter=adapter,
                 tenant=self.target.caller.tenant,
+                priority=self.body.priority,
                 token_ids=prompt.token_ids,
                 sampling=sampling_params(self.body, limit, logprobs, choice),
                 constraint=constraint and constraint.copy(),
@@ -106,7 +108,7 @@ class Generation:
             for index, prompt in enumerate(prompts)
             for choice in range(self.body.num_choices)
         ]
-        submission = self.engine.submit(self.sequences)
+        submission = self.engine.submit(self.sequences, self.watch.deadline)
         return await (self._stream(submission) if self.body.stream else self._answer(submission))
 
     def _check(self, num_prompts: int) -> None:
@@ -118,7 +120,8 @@ class Generation:
         """Raises ServiceError where the grammar is not supported."""
         if (grammar := self.body.grammar) is None:
             return None
-        return await self.engine.in_pool(self.target.base.tokenization.grammars.compile, grammar)
+        compile_grammar = self.target.base.tokenization.grammars.compile
+        return await self.engine.in_pool(self.watch.deadline, compile_grammar, grammar)
 
     async def _answer(self, submission: Submission) -> Response:
         try:

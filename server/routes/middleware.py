@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from time import perf_counter
 from uuid import uuid4
@@ -38,7 +39,9 @@ class Observer:
             return
         begin = perf_counter()
         request_id = uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        state["begun"] = asyncio.get_running_loop().time()
         status = 0
 
         async def observed_send(message: Message) -> None:
@@ -79,7 +82,7 @@ class Observer:
 
 
 class BodyLimit:
-    """Refuses bodies that are too large, when they are read: by their header or by what has come.
+    """Refuses bodies that are too large or slow, when they are read: by their header or by what has come.
 
     So the route that reads one spells the refusal in its own shape.
     """
@@ -99,19 +102,32 @@ class BodyLimit:
         # The HTTP parser has refused a header that is no number.
         announced = int(headers.get("content-length", "0"))
         too_large = HTTPException(ErrorKind.TOO_LARGE.status, message)
-        size = 0
+        deadline = scope["state"]["begun"] + self._settings.max_client_seconds
+        size, complete = 0, False
 
-        async def counted_receive() -> Message:
-            nonlocal size
+        async def receive_within_limits() -> Message:
+            nonlocal size, complete
+            if complete:
+                return await receive()
             if announced > limit:
                 raise too_large
-            part = await receive()
+            part = await self._in_time(receive, deadline)
             size += len(part.get("body", b""))
+            complete = not part.get("more_body", False)
             if size > limit:
                 raise too_large
             return part
 
-        await self._app(scope, counted_receive, send)
+        await self._app(scope, receive_within_limits, send)
+
+    async def _in_time(self, receive: Receive, deadline: float) -> Message:
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await receive()
+        except TimeoutError:
+            message = f"the body took more than {self._settings.max_client_seconds:g} seconds"
+            # What is still to come of it would be taken for the next request.
+            raise HTTPException(ErrorKind.SLOW_BODY.status, message, {"connection": "close"}) from None
 
 
 def _is_upload(scope: Scope, headers: Headers) -> bool:

@@ -10,6 +10,7 @@ from molex.adapter import Adapter
 from server.deps import Target
 from server.engine import Engine
 from server.routes.timing import Stopwatch
+from server.submission import in_time
 
 T = TypeVar("T")
 
@@ -24,6 +25,7 @@ async def prepare(
     load = engine.loader.begin(target.served)
     encoded = await encoding
     watch.tokenization_done()
-    adapter = await asyncio.shield(load)
+    async with in_time(watch.deadline):
+        adapter = await asyncio.shield(load)
     watch.loading_done()
     return adapter, encoded

@@ -41,15 +41,17 @@ async def run_prompts(
     *,
     param: str = "input",
     truncate: bool = False,
+    priority: int = 0,
 ) -> list[Sequence]:
     """Run the texts that a request has in its field `param`; returns the ended sequences in their order.
 
     Puts the digest of the adapter and the times of the stages into the headers of the response. Raises
     ServiceError.
     """
-    watch = Stopwatch()
+    watch = Stopwatch(request.state.deadline)
     check_count(engine, len(inputs), param)
-    encoding = _encode(engine, target.base.tokenization, inputs, param, truncate=truncate)
+    tokenization = target.base.tokenization
+    encoding = _encode(engine, watch.deadline, tokenization, inputs, param, truncate=truncate)
     adapter, prompts = await prepare(engine, target, watch, encoding)
     await spend_tokens(request, target.caller, prompts)
     sequences = [
@@ -57,6 +59,7 @@ async def run_prompts(
             base=target.base.name,
             adapter=adapter,
             tenant=target.caller.tenant,
+            priority=priority,
             token_ids=prompt.token_ids,
             token_type_ids=prompt.token_type_ids,
             index=index,
@@ -64,7 +67,7 @@ async def run_prompts(
         )
         for index, prompt in enumerate(prompts)
     ]
-    submission = engine.submit(sequences)
+    submission = engine.submit(sequences, watch.deadline)
     try:
         await unless_disconnected(request, submission.finished())
     finally:
@@ -74,11 +77,17 @@ async def run_prompts(
 
 
 async def _encode(
-    engine: Engine, tokenization: Tokenization, inputs: Seq[TextOrPair], param: str, *, truncate: bool
+    engine: Engine,
+    deadline: float,
+    tokenization: Tokenization,
+    inputs: Seq[TextOrPair],
+    param: str,
+    *,
+    truncate: bool,
 ) -> list[Prompt]:
     """Tokenize on a pool thread, but here what is short and stays whole. Raises ServiceError."""
     texts = itertools.chain.from_iterable([text] if isinstance(text, str) else text for text in inputs)
     if not truncate and sum(map(len, texts)) <= SHORT_CHARACTERS:
         # The tokenizer that truncates is made at its first use, which takes too long for the event loop.
         return tokenization.encode(inputs, param)
-    return await engine.in_pool(tokenization.encode, inputs, param, truncate=truncate)
+    return await engine.in_pool(deadline, tokenization.encode, inputs, param, truncate=truncate)

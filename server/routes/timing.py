@@ -22,8 +22,9 @@ def route_template(scope: object) -> str:
 
 @dataclass
 class Stopwatch:
-    """Measures the stages of one request, in seconds."""
+    """Measures the stages of one request, in seconds. `deadline` is on the clock of the event loop."""
 
+    deadline: float
     created: float = field(default_factory=perf_counter)
     tokenized: float = 0.0
     loaded: float = 0.0

@@ -85,7 +85,13 @@ async def classify(
     """Classify one or more texts. With `use_activation` false, `probs` are logits."""
     target = classifier(engine, caller, body.model or only_classifier(engine, caller))
     sequences = await run_prompts(
-        engine, target, body.inputs, request, response, truncate=body.truncate_prompt_tokens is not None
+        engine,
+        target,
+        body.inputs,
+        request,
+        response,
+        truncate=body.truncate_prompt_tokens is not None,
+        priority=body.priority,
     )
     tokens = sum(len(sequence.token_ids) for sequence in sequences)
     return VllmClassifyResponse(
@@ -98,18 +104,21 @@ async def classify(
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, engine: EngineDep, caller: Infer) -> Tokens:
+async def tokenize(body: TokenizeRequest, request: Request, engine: EngineDep, caller: Infer) -> Tokens:
     """The tokens of a text, or of a conversation in its chat template."""
     tokenization = _target(engine, caller, body.model).base.tokenization
-    return await engine.in_pool(_tokens, tokenization, body)
+    return await engine.in_pool(request.state.deadline, _tokens, tokenization, body)
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, engine: EngineDep, caller: Infer) -> Detokenized:
+async def detokenize(
+    body: DetokenizeRequest, request: Request, engine: EngineDep, caller: Infer
+) -> Detokenized:
     """The text of tokens."""
     tokenization = _target(engine, caller, body.model).base.tokenization
     tokenization.check_vocabulary(body.tokens, "tokens")
-    return Detokenized(prompt=await engine.in_pool(tokenization.decode, body.tokens, special=True))
+    prompt = await engine.in_pool(request.state.deadline, tokenization.decode, body.tokens, special=True)
+    return Detokenized(prompt=prompt)
 
 
 @router.get("/version", dependencies=[OPEN])

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -65,7 +66,7 @@ class Live:
 
     def load(self, name: str, source: str, **body: Any) -> httpx.Response:
         """Load an adapter, or replace the one of this name, and wait until it is served or refused."""
-        return self.http.put(f"/v1/adapters/{name}", json={"source": source} | body)
+        return self.http.put(f"/v1/adapters/{name}?wait=60", json={"source": source} | body)
 
     def unload(self, name: str) -> httpx.Response:
         return self.http.delete(f"/v1/adapters/{name}")
@@ -118,6 +119,12 @@ def live_server(settings: Settings) -> Iterator[Live]:
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive()
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(40) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")
@@ -174,6 +181,7 @@ def settings(bases, adapters_folder) -> Settings:
         max_inputs=32,
         max_batch_tokens=64,
         grace_seconds=5,
+        max_stall_seconds=300,  # Tests hold the worker up.
         log_level="warning",
     )
 

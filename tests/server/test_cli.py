@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -20,12 +21,12 @@ from server.settings import Settings
 COMMAND = [sys.executable, "-c", "from server.cli import app; app()"]
 
 
-@pytest.fixture
-def process(bases, adapters_folder):
+@contextmanager
+def serving(bases, adapters_folder, *options: str):
     """A served decoder; the output up to the last line of its greeting, and its URL."""
     command = [*COMMAND, "serve", "--base", f"dec={bases['dec']}", "--adapters", str(adapters_folder)]
     child = subprocess.Popen(
-        [*command, "--port", "0", "--log-format", "json"],
+        [*command, "--port", "0", "--log-format", "json", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -39,9 +40,17 @@ def process(bases, adapters_folder):
         greeting += line
     url = re.search(r"http://127.0.0.1:\d+", greeting)
     assert url
-    yield child, greeting, url[0]
-    child.kill()
-    child.communicate()
+    try:
+        yield child, greeting, url[0]
+    finally:
+        child.kill()
+        child.communicate()
+
+
+@pytest.fixture
+def process(bases, adapters_folder):
+    with serving(bases, adapters_folder) as child:
+        yield child
 
 
 def test_it_greets_with_commands_that_work_and_stops_gracefully(process):
@@ -60,12 +69,45 @@ def test_it_greets_with_commands_that_work_and_stops_gracefully(process):
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
     _, errors = child.communicate(timeout=60)
-    assert child.returncode in (0, -signal.SIGTERM)
+    assert child.returncode == 0
     logged = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
     access = [line for line in logged if line["logger"] == "server.access"]
     assert access[-1]["path"] == "/v1/completions"
     assert access[-1]["status"] == 200
     assert "Traceback" not in errors
+
+
+def test_it_stops_at_once_when_idle_although_clients_keep_their_connections(bases, adapters_folder):
+    # Whoever waited for the clients, or for the grace to be over, would be killed here.
+    options = ["--grace-seconds", "600", "--max-client-seconds", "600"]
+    with serving(bases, adapters_folder, *options) as (child, _, url), httpx.Client(base_url=url) as client:
+        assert client.get("/readyz").status_code == 200
+        child.send_signal(signal.SIGTERM)
+        child.communicate(timeout=60)
+    assert child.returncode == 0
+
+
+def test_what_is_not_done_within_the_grace_is_cut_off(bases, adapters_folder):
+    body = {
+        "model": "writer",
+        "prompt": "w1",
+        "max_tokens": 90,
+        "ignore_eos": True,
+        "n": 128,
+        "stream": True,
+    }
+    with (
+        serving(bases, adapters_folder, "--grace-seconds", "0") as (child, _, url),
+        httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream,
+    ):
+        assert stream.status_code == 200
+        lines = stream.iter_lines()
+        next(lines)
+        child.send_signal(signal.SIGTERM)
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(lines)
+        child.communicate(timeout=60)
+    assert child.returncode == 0
 
 
 def test_a_port_in_use_ends_the_process(bases, monkeypatch):

@@ -4,41 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
 from molex import write_adapter
+from molex.forward import Forward
+from tests.server.looks import LONG, all_free, idle, running, waiting
 from tests.tiny import random_adapter
 
 PAGE_STATES = ("used", "kept", "free")
-LONG = {"max_tokens": 60, "ignore_eos": True, "temperature": 0}
-
-
-@pytest.fixture
-def threads():
-    with ThreadPoolExecutor(40) as pool:
-        yield pool
-
-
-def running(live) -> float:
-    return live.metrics()['molex_running_sequences{base="dec"}']
-
-
-def idle(live) -> bool:
-    """Nothing runs or waits, and every page of the cache is free."""
-    left = running(live) + waiting(live, "dec") + waiting(live, "enc")
-    return left == 0 and all_free(live)
-
-
-def all_free(live) -> bool:
-    runner = live.engine.bases["dec"].runner
-    return runner.num_free_pages == runner.num_pages
-
-
-def waiting(live, base: str) -> float:
-    return live.metrics()[f'molex_queue_depth{{base="{base}"}}']
 
 
 def test_adapters_of_all_kinds_share_a_batch_and_answer_as_alone(live, threads, brake):
@@ -83,6 +58,87 @@ def test_a_failed_batch_answers_every_member_and_the_worker_goes_on(live, thread
     held.release()
     assert first.result().status_code == 500
     assert [other.result().status_code for other in others] == [200, 200]
+
+
+def poison(monkeypatch, token_id: int) -> list[int]:
+    """Every pass with this token breaks at depth 3, when keys and values have been written at those before.
+
+    Returns the numbers of rows of the broken passes.
+    """
+    run_depth, broken = Forward.run_depth, []
+
+    def run(self, depth, *args):
+        if depth == 3 and any(token_id in row.token_ids for row in self.rows):
+            broken.append(len(self.rows))
+            raise RuntimeError("secret/path broke")
+        return run_depth(self, depth, *args)
+
+    monkeypatch.setattr(Forward, "run_depth", run)
+    return broken
+
+
+def test_a_poisoned_request_fails_alone_and_changes_no_other_answer(live, threads, brake, monkeypatch):
+    generations = [
+        {"model": model, "prompt": f"w{number} w2", "seed": 5, "max_tokens": 12, "return_routes": True}
+        for number, model in enumerate(["writer", "poet", "dec"])
+    ]
+    texts = ["w8 w7", "w6", "w5 w5 w5"]
+    alone = [live.complete(**body).json()["choices"] for body in generations]
+    scores = [live.classify(model="judge", input=text).json()["data"][0]["probs"] for text in texts]
+    broken = poison(monkeypatch, 81)  # The token of w77.
+    held = brake(live, "dec")
+    asked = [threads.submit(live.complete, **body) for body in generations]
+    held.until(lambda: running(live) + waiting(live, "dec") == 3)
+    bad = threads.submit(live.classify, model="judge", input="w1 w77")
+    beside = [threads.submit(live.classify, model="judge", input=text) for text in texts]
+    held.until(lambda: running(live) + waiting(live, "dec") == 7)
+    held.release()
+    assert bad.result().json()["error"]["code"] == "internal_error"
+    assert "secret" not in bad.result().text
+    assert [future.result().json()["choices"] for future in asked] == alone
+    for future, probs in zip(beside, scores, strict=True):
+        assert future.result().json()["data"][0]["probs"] == pytest.approx(probs, abs=1e-12)
+    assert broken[0] > broken[-1] == 1
+    assert all_free(live)
+
+
+def test_a_poisoned_generation_beside_decoding_ones_fails_alone(live, threads, brake, monkeypatch):
+    bodies = [{"model": model, "prompt": "w1 w2", **LONG} for model in ("writer", "poet")]
+    alone = [live.complete(**body).json()["choices"] for body in bodies]
+    held = brake(live, "dec")
+    asked = [threads.submit(live.complete, **body) for body in bodies]
+    held.until(lambda: running(live) + waiting(live, "dec") == 2)
+    broken = poison(monkeypatch, 81)
+    arrived = []
+
+    def run(sequences, part_tokens):
+        if not arrived and len(sequences) == 2:
+            arrived.append(threads.submit(live.complete, model="dec", prompt=[1, 81], max_tokens=5))
+            held.until(lambda: waiting(live, "dec") == 1)
+        return original(sequences, part_tokens)
+
+    original, held._run = held._run, run
+    held.release()
+    assert [future.result().json()["choices"] for future in asked] == alone
+    assert arrived[0].result().status_code == 500
+    assert broken == [3, 2, 1]
+    assert all_free(live)
+
+
+def test_when_everything_fails_retries_end(live, threads, brake, monkeypatch):
+    runner = live.engine.bases["enc"].runner
+    passes = []
+
+    def begin(rows, cache):
+        passes.append(len(rows))
+        raise MemoryError
+
+    monkeypatch.setattr(runner._model, "begin", begin)
+    monkeypatch.setattr("server.runner.MAX_SPLITS", 5)
+    answer = live.classify(model="mood", input=["w1"] * 20)
+    assert answer.status_code == 500
+    assert sum(passes) > 20
+    assert len(passes) == 2 * 5 + 1
 
 
 def test_all_members_of_a_failed_batch_are_told(live, threads, brake):
@@ -168,6 +224,21 @@ def test_a_full_queue_is_429_with_retry_after(live, threads, brake):
     held.release()
     answers = [future.result().status_code for future in [first, *full, other_base]]
     assert answers == [200, 200, 200, 200]
+
+
+def test_what_is_urgent_runs_before_what_came_earlier(live, threads, brake):
+    held = brake(live, "enc")
+    first = threads.submit(live.classify, model="mood", input="w1")
+    held.until(lambda: len(held.batches) == 1)
+    asked = []
+    # Of these texts one fits into a step.
+    for number, priority in enumerate((3, 0, -2, 0)):
+        body = {"model": "mood", "input": "w1 " * 40, "priority": priority}
+        asked.append(threads.submit(live.classify, **body))
+        held.until(lambda n=number: waiting(live, "enc") == n + 1)
+    held.release()
+    assert {future.result().status_code for future in (first, *asked)} == {200}
+    assert [sequence.priority for [sequence] in held.batches[1:]] == [-2, 0, 0, 3]
 
 
 def test_leaving_a_stream_frees_its_pages(live, brake):
@@ -420,5 +491,4 @@ def test_a_dead_worker_leaves_nobody_waiting(settings, start, monkeypatch):
     # The sequence in the broken step is still the scheduler's.
     answer = live.complete(model="dec", prompt="w1")
     assert answer.status_code == 500
-    assert live.http.get("/livez").status_code == 503
     assert live.http.get("/readyz").status_code == 503

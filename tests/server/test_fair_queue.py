@@ -1,18 +1,20 @@
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import dataclass
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.fair_queue import FairQueue
+from server.fair_queue import OLDEST_EVERY, RECENT_SECONDS, FairQueue
 
 
 @dataclass(eq=False)
 class Item:
     tenant: str | None
     num_new_tokens: int = 1
+    priority: int = 0
 
 
 def queue(*items: Item) -> FairQueue[Item]:
@@ -56,7 +58,9 @@ def test_one_who_comes_back_has_lost_nothing():
 def test_what_is_put_back_is_next_and_not_held_against_its_tenant():
     target = queue(*[Item("a", 5)] * 3, *[Item("b", 5)] * 3)
     expected = tenants(drain(queue(*[Item("a", 5)] * 3, *[Item("b", 5)] * 3)))
-    target.put_back([target.set_aside() for _ in range(4)])
+    for _ in range(4):
+        target.set_aside()
+    target.put_back()
     assert tenants(drain(target)) == expected
 
 
@@ -64,6 +68,50 @@ def test_what_is_not_kept_is_not_held_against_its_tenant():
     target = queue(*[Item("a", 100)] * 5, Item("a", 1), Item("b", 1))
     target.keep(lambda item: item.num_new_tokens == 1)
     assert tenants(drain(target)) == "ab"
+
+
+def test_one_who_asks_for_little_counts_for_some_seconds():
+    now = [0.0]
+    target: FairQueue[Item] = FairQueue(share=8, clock=lambda: now[0])
+    target.extend([Item("light"), *[Item("flood")] * 50])
+    target.begin_step([], None)
+    assert target.share("flood") == 2
+    assert target.share("light") == 8
+    while target.count("light"):
+        target.pop()
+    now[0] += RECENT_SECONDS
+    target.begin_step([Item("flood")], None)
+    assert target.share("flood") == 2
+    now[0] += 0.1
+    target.begin_step([Item("flood")], None)
+    assert target.share("flood") == 8
+    target.begin_step([Item("flood"), Item("light")], None)
+    assert target.share("flood") == 2
+
+
+def test_without_tenants_there_are_no_shares():
+    target = queue(*[Item(None, 5)] * 3, Item("light"))
+    target.begin_step([], None)
+    assert target.share(None) == target.longest(None) == sys.maxsize
+
+
+def test_lower_priorities_are_earlier_and_equal_ones_keep_their_order():
+    given = [Item("a", priority=priority) for priority in (1, 0, 1, -7, 0)]
+    assert drain(queue(*given)) == [given[place] for place in (3, 1, 4, 0, 2)]
+
+
+def test_nothing_waits_for_ever_for_what_is_more_urgent():
+    late = Item("a", priority=9)
+    target = queue(*[Item("a")] * 3)
+    target.pop()
+    target.extend([late])
+    served = []
+    for _ in range(3 * OLDEST_EVERY):
+        target.extend([Item("a", priority=-9)])
+        target.set_aside()
+        target.put_back()
+        served.append(target.pop())
+    assert late in served
 
 
 items = st.lists(st.builds(Item, st.sampled_from("abc"), st.integers(1, 20)), max_size=40)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from concurrent.futures import Future
+
+import httpx
 import pytest
+
+from tests.server.looks import send, waiting
 
 
 @pytest.fixture
@@ -44,6 +50,55 @@ def test_requests_are_counted_by_template_and_status(live):
     for stage, count in {"total": 5, "queue": 3, "tokenize": 3, "forward": 3}.items():
         name = f'molex_request_seconds_count{{route="/v1/classify",stage="{stage}"}}'
         assert change[name] == count
+
+
+def test_what_the_clients_counted_is_what_the_server_counted(live, threads, brake):
+    """Every way for a classification to end, many at a time."""
+    good = {"model": "mood", "input": "w1"}
+    sent: Counter[int] = Counter()
+
+    def send_all(*requests: tuple[dict, dict]) -> list[Future[httpx.Response]]:
+        return [
+            threads.submit(live.http.post, "/v1/classify", json=body, headers=headers)
+            for body, headers in requests
+        ]
+
+    def count(futures: list[Future[httpx.Response]]) -> None:
+        sent.update(future.result().status_code for future in futures)
+
+    count(send_all(*[(good, {})] * 20, *[(good | {"model": "nobody"}, {})] * 5))
+    count(send_all(*[(good | {"colour": "red"}, {})] * 4, *[(good | {"model": "dec"}, {})] * 3))
+    count(send_all((good | {"input": "w1 " * 3_000_000}, {})))
+    held = brake(live, "enc")
+    going = send_all((good, {}))
+    held.until(lambda: len(held.batches) == 1)
+    count(send_all(*[(good, {"x-request-timeout": "1"})] * 6))
+    for number in range(7, 10):
+        with send(live, good, "/v1/classify"):
+            held.until(lambda n=number: waiting(live, "enc") == n)
+        sent[499] += 1
+    # What has gone keeps its place until the step ends that is under way.
+    going += send_all(*((good | {"input": ["w1"] * size}, {}) for size in (32, 64 - 32 - 9)))
+    held.until(lambda: waiting(live, "enc") == 64)
+    count(send_all(*[(good, {})] * 10))
+    held.release()
+    count(going)
+    assert {*sent} == {200, 400, 404, 413, 429, 499, 504}
+
+    def counted() -> dict[int, float]:
+        # A body that is too large is refused before anybody looks where it was going.
+        samples = live.metrics()
+        name = 'molex_requests_total{{route="{}",status="{}"}}'
+        routes = {status: "unmatched" if status == 413 else "/v1/classify" for status in sent}
+        return {status: samples.get(name.format(route, status), 0) for status, route in routes.items()}
+
+    held.until(lambda: sum(counted().values()) == sent.total())
+    assert counted() == sent
+    ended = live.metrics()
+    assert (
+        ended['molex_request_seconds_count{route="/v1/classify",stage="total"}'] == sent.total() - sent[413]
+    )
+    assert ended['molex_request_seconds_count{route="/v1/classify",stage="forward"}'] == sent[200]
 
 
 def test_a_classification_is_counted_in_tokens_adapters_and_routes(live):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -20,6 +21,7 @@ class Work:
     outputs: int = 0
     base: str = "a"
     tenant: str | None = None
+    priority: int = 0
     done: int = 0
     cancelled: bool = False
     pages: int = 1
@@ -206,9 +208,96 @@ def test_a_tenant_takes_its_share_of_a_step_and_no_more():
     target.add([Work(50, tenant="y")])
     target.add([Work(4) for _ in range(5)])
     assert [work.tenant for work in step(target)].count("x") == 2
-    assert [(work.tenant, work.length) for work in step(target)] == [("x", 4), ("x", 4)]
-    assert [(work.tenant, work.length) for work in step(target)] == [("x", 4)]
+    # By now the others wait for nothing, and their next request is to find a short step under way.
+    assert [[(work.tenant, work.length) for work in step(target)] for _ in range(3)] == [[("x", 4)]] * 3
     assert target.schedule() is None
+
+
+def test_a_tenant_that_is_alone_has_its_whole_share():
+    target = scheduler(budget=100, share=10)
+    target.add([Work(3, tenant="x") for _ in range(7)])
+    assert [len(step(target)) for _ in range(3)] == [3, 3, 1]
+
+
+def test_beside_one_who_asks_for_little_a_flood_takes_a_quarter_of_its_share():
+    target = scheduler(budget=100, share=16)
+    target.add([Work(2, tenant="flood") for _ in range(40)])
+    assert len(step(target)) == 8
+    target.add([Work(2, tenant="light")])
+    assert [work.tenant for work in step(target)] == ["light"]
+    assert [work.tenant for work in step(target)] == ["flood", "flood"]
+
+
+def test_a_flood_is_not_kept_out_by_those_who_always_ask_for_little():
+    target = scheduler(budget=100, share=16)
+    target.add([Work(2, tenant="flood") for _ in range(40)])
+    for _ in range(10):
+        target.add([Work(2, tenant="light")])
+        step(target)
+    assert target.num_waiting("a") == 40 - 5 * 2
+
+
+def test_two_who_flood_do_not_make_each_others_steps_short():
+    target = scheduler(budget=100, share=16)
+    for tenant in "xy":
+        target.add([Work(2, tenant=tenant) for _ in range(40)])
+    assert Counter(work.tenant for work in step(target)) == {"x": 8, "y": 8}
+
+
+def test_a_long_prompt_of_a_flood_runs_in_small_parts_beside_one_who_asks_for_little():
+    target, long = scheduler(budget=100, share=16), Work(80, tenant="flood")
+    target.add([Work(1, tenant="light")])
+    step(target)
+    target.add([long])
+    target.add([Work(2, tenant="light")])
+    assert [work.tenant for work in step(target)] == ["light", "flood"]
+    assert long.run == 4
+    step(target)
+    assert long.run == 8
+
+
+def test_a_second_long_prompt_does_not_hold_up_those_behind_it():
+    target, longs = scheduler(budget=100, share=16), [Work(80, tenant="x"), Work(90, tenant="y")]
+    target.add([Work(1, tenant="light")])
+    step(target)
+    for long in longs:
+        target.add([long])
+    target.add([Work(2, tenant="light")])
+    assert [work.tenant for work in step(target)] == ["light", "x"]
+    for _ in range(60):
+        step(target)
+    assert all(long.finished for long in longs)
+
+
+def test_generations_of_a_flood_leave_places_to_one_who_asks_for_little():
+    target = scheduler(budget=100, share=10, slots=4)
+    target.add([Work(1, outputs=1, tenant="light")])
+    step(target)
+    target.add([Work(1, outputs=9, tenant="flood") for _ in range(20)])
+    assert [work.tenant for work in step(target)] == ["flood"] * 2
+    target.add([Work(1, outputs=9, tenant="light")])
+    assert Counter(work.tenant for work in step(target)) == {"flood": 2, "light": 1}
+
+
+def test_a_generation_that_needs_more_than_half_of_the_cache_is_not_kept_from_it():
+    target, large = (
+        scheduler(budget=100, share=10, slots=4, pages=10),
+        Work(1, outputs=1, pages=9, tenant="x"),
+    )
+    target.add([Work(1, tenant="light")])
+    step(target)
+    target.add([large])
+    assert step(target) == [large]
+
+
+def test_priorities_order_what_waits_within_a_tenant_alone():
+    target = scheduler(budget=2, share=2)
+    late, urgent = Work(1, tenant="x", priority=5), Work(1, tenant="x", priority=-5)
+    others = [Work(1, tenant="y", priority=100) for _ in range(2)]
+    target.add([late, urgent])
+    target.add(others)
+    assert {*step(target)} == {urgent, others[0]}
+    assert {*step(target)} == {late, others[1]}
 
 
 def test_a_flood_of_one_tenant_refuses_nobody_else():
@@ -242,7 +331,9 @@ def test_a_prompt_longer_than_the_share_and_the_budget_runs_in_parts_beside_a_fl
 def test_what_is_left_of_a_prompt_in_parts_counts_against_its_tenants_share():
     target = scheduler(budget=10, share=4)
     target.add([Work(13, tenant="x"), Work(2, tenant="x"), Work(2, tenant="y")])
-    assert [[work.length for work in step(target)] for _ in range(3)] == [[2], [13], [13]]
+    assert [work.length for work in step(target)] == [2]
+    for _ in range(13):
+        assert [work.length for work in step(target)] == [13]
     assert [work.length for work in step(target)] == [2]
 
 
@@ -283,6 +374,7 @@ work = st.builds(
     st.integers(0, 4),
     st.sampled_from("ab"),
     st.sampled_from([None, "x", "y"]),
+    priority=st.integers(-1, 1),
     cancelled=st.booleans(),
     pages=st.integers(1, 6),
 )
@@ -295,9 +387,14 @@ def tokens_of(item: Work, done: int, run: int) -> int:
     return item.run - run if item.run else item.length
 
 
-@given(st.lists(st.lists(work, max_size=4), max_size=12), st.integers(1, 12), st.integers(1, 3))
-def test_limits_hold_and_nothing_is_left_waiting(arrivals, budget, slots):
-    target = scheduler("ab", budget=max(budget, slots), slots=slots, pages=6)
+@given(
+    st.lists(st.lists(work, max_size=4), max_size=12),
+    st.integers(1, 12),
+    st.integers(1, 3),
+    st.sampled_from([1, 8, 1000]),
+)
+def test_limits_hold_and_nothing_is_left_waiting(arrivals, budget, slots, share):
+    target = scheduler("ab", budget=max(budget, slots), share=share, slots=slots, pages=6)
     everything: list[Work] = []
     for arriving in [*arrivals, *[[]] * 400]:
         everything += arriving

@@ -9,6 +9,10 @@ def test_probes_follow_the_engine(live, monkeypatch):
     monkeypatch.setattr(live.engine, "draining", True)
     assert live.http.get("/livez").status_code == 200
     assert live.http.get("/readyz").status_code == 503
+    refused = live.classify(model="mood", input="w1")
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "shutting_down"
+    assert refused.headers["retry-after"] == "5"
 
 
 def test_the_documentation_lists_every_endpoint(live):

@@ -60,7 +60,7 @@ def test_classify_cuts_long_texts_on_demand(live):
             {"model": "mood", "input": "w1", "truncate_prompt_tokens": 5},
             "truncate_prompt_tokens",
         ),
-        ("/classify", {"model": "mood", "input": "w1", "priority": 1}, "priority"),
+        ("/classify", {"model": "mood", "input": "w1", "priority": 2**31}, "priority"),
         ("/tokenize", {"prompt": "w1"}, "model"),
         ("/tokenize", {"model": "dec"}, "prompt"),
         ("/tokenize", [], None),

@@ -1,0 +1,66 @@
+"""What a handler holds while its sequences run, and how long it waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Seq
+from contextlib import asynccontextmanager
+
+from server.errors import deadline_error
+from server.sequence import Sequence, Update
+
+
+@asynccontextmanager
+async def in_time(deadline: float) -> AsyncIterator[None]:
+    """What is waited for ends at `deadline`, on the event loop's clock. Raises ServiceError (504) then."""
+    try:
+        async with asyncio.timeout_at(deadline) as timeout:
+            yield
+    except TimeoutError:
+        if timeout.expired():
+            raise deadline_error() from None
+        raise
+
+
+class Submission:
+    """The sequences of one request on their way, as its handler sees them."""
+
+    def __init__(self, sequences: Seq[Sequence], cancel: Callable[[Seq[Sequence]], None]) -> None:
+        self.sequences = sequences
+        self._cancel = cancel
+        self._queue: asyncio.Queue[Update] = asyncio.Queue()
+        self._timer: asyncio.TimerHandle | None = None
+        for sequence in sequences:
+            sequence.sink = self._queue.put_nowait
+
+    def expire_at(self, deadline: float) -> None:
+        """Fail what has not ended at `deadline`, on the clock of the event loop.
+
+        A timer of its own, because a handler may not be waiting: its client may be slow to read a stream.
+        """
+        self._timer = asyncio.get_running_loop().call_at(deadline, self._expire)
+
+    def _expire(self) -> None:
+        self._queue.put_nowait(Update(self.sequences[0], error=deadline_error()))
+        self._cancel(self.sequences)
+
+    async def updates(self) -> AsyncIterator[Update]:
+        """Updates of all the sequences as they come. Raises the first failure, a ServiceError."""
+        remaining = len(self.sequences)
+        while remaining:
+            update = await self._queue.get()
+            if update.error is not None:
+                raise update.error
+            remaining -= update.last
+            yield update
+
+    async def finished(self) -> list[Update]:
+        """All updates, once every sequence has ended."""
+        return [update async for update in self.updates()]
+
+    def cancel(self) -> None:
+        """Drop what has not ended: nobody waits for it any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._cancel(self.sequences)

@@ -1,0 +1,126 @@
+"""A worker that has died or is stuck."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import httpx
+
+from server.heartbeat import BUSY_PATIENCE, BUSY_SECONDS, LOOK_SECONDS, LOST_SECONDS, Heartbeat
+from tests.server.looks import LONG, idle
+
+BROKEN = """
+from server import cli, engine, heartbeat
+engine.Engine._postprocess = None
+heartbeat.LOST_SECONDS = 0
+cli.app()
+"""
+
+
+def look(target: Heartbeat, progress: int, seconds: float) -> None:
+    for _ in range(int(seconds / LOOK_SECONDS)):
+        target.look(progress, 1.0)
+
+
+def test_it_is_stuck_after_standing_still_and_lost_long_after():
+    target = Heartbeat(patience=4)
+    look(target, 7, 4)
+    assert not target.stuck
+    target.look(7, 1.0)
+    assert target.stuck
+    assert not target.lost
+    look(target, 7, LOST_SECONDS)
+    assert target.lost
+
+
+def test_any_progress_is_a_new_start():
+    target = Heartbeat(patience=1)
+    for progress in range(20):
+        look(target, progress, 1)
+        assert not target.stuck
+    look(target, 19, 1)
+    assert target.stuck
+    target.look(20, 1.0)
+    assert not target.stuck
+
+
+def test_one_that_computes_has_more_time_but_not_for_ever():
+    target = Heartbeat(patience=1)
+    for number in range(int(BUSY_PATIENCE / LOOK_SECONDS)):
+        target.look(3, number * BUSY_SECONDS * 2)
+        assert not target.stuck
+    look(target, 3, 2)
+    assert target.stuck
+
+
+def test_a_stuck_worker_leaves_nobody_waiting_and_may_come_back(settings, start, threads, brake):
+    live = start(settings.model_copy(update={"max_stall_seconds": 1}))
+    held = brake(live, "dec")
+    body = {"model": "writer", "prompt": "w1", **LONG}
+    asked = [threads.submit(live.complete, **body, stream=stream) for stream in (False, True)]
+    held.until(lambda: len(held.batches) == 1)
+    asked.append(threads.submit(live.classify, model="mood", input="w1"))
+    for future in asked:
+        assert future.result().status_code == 503
+        assert future.result().json()["error"]["code"] == "worker_stuck"
+    assert live.http.get("/livez").status_code == 200
+    assert live.http.get("/readyz").status_code == 503
+    refused = live.classify(model="mood", input="w1")
+    assert refused.status_code == 503
+    assert refused.headers["retry-after"] == "5"
+    held.release()
+    held.until(lambda: live.http.get("/readyz").status_code == 200)
+    held.until(lambda: idle(live))
+    assert live.classify(model="mood", input="w1").status_code == 200
+
+
+def test_a_worker_that_is_slow_is_not_stuck(settings, start, monkeypatch):
+    """Its step takes several times the patience, but it goes on from layer to layer."""
+    live = start(settings.model_copy(update={"max_stall_seconds": 1}))
+    runner, engine = live.engine.bases["enc"].runner, live.engine
+    looks = []
+    look_at = engine._heartbeat.look
+    monkeypatch.setattr(engine._heartbeat, "look", lambda *seen: (look_at(*seen), looks.append(1)))
+    advance = runner._advance_pass
+
+    def slow(running, depths):
+        for _ in range(depths):
+            seen = len(looks)
+            advance(running, 1)
+            while len(looks) < seen + 2:
+                live.http.get("/livez")
+
+    monkeypatch.setattr(runner, "_advance_pass", slow)
+    assert live.classify(model="mood", input="w1").status_code == 200
+    assert len(looks) * LOOK_SECONDS > 2 * 1
+
+
+def test_a_worker_without_work_is_not_stuck(settings, start):
+    live = start(settings.model_copy(update={"max_stall_seconds": 1}))
+    beat = live.engine._heartbeat
+    seen = live.engine._rounds
+    while live.engine._rounds < seen + 3:
+        assert live.http.get("/readyz").status_code == 200
+    assert not beat.stuck
+
+
+def test_a_process_whose_worker_has_died_ends(bases, tmp_path):
+    command = [sys.executable, "-c", BROKEN, "serve", "--base", f"dec={bases['dec']}", "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--max-stall-seconds", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        greeting = ""
+        while "/metrics" not in greeting:
+            line = child.stdout.readline()
+            assert line, child.communicate()
+            greeting += line
+        url = re.search(r"http://127.0.0.1:\d+", greeting)
+        assert url
+        answer = httpx.post(f"{url[0]}/v1/completions", json={"model": "dec", "prompt": "w1"}, timeout=60)
+        assert answer.status_code == 500
+        _, errors = child.communicate(timeout=60)
+    assert child.returncode == 1
+    assert "to be started anew" in errors
