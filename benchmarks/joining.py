@@ -16,9 +16,9 @@ from torch import Tensor
 from molex import Adapter, MolexModel, Row
 from molex.forward import Forward
 from molex.lora import BatchLora
-from molex.mixing import mix
 from molex.packing import Indices, Packed, ranges, starts_of_runs
-from molex.routing import RoutePlan, Router
+from molex.plan import RoutePlan
+from molex.routing import Router
 from molex.stage import Stage
 
 
@@ -31,8 +31,8 @@ class Cohort:
         self.forward = Forward(rows, adapters, lora, None, model.backbone, "last")
         self.packed = self.forward.packed
         pinned = [None] * len(rows)
-        gate_logits = model.backbone.own.gate_logits
-        self._router = Router(adapters, self.packed, self.packed.lengths.tolist(), pinned, gate_logits)
+        layers, voters = model.backbone.layers, self.packed.lengths.tolist()
+        self._router = Router(adapters, self.packed, voters, pinned, layers.gate_logits, layers.elect)
         self._hidden = self.forward.embed()
         self._num_depths = model.backbone.num_layers
         self.depth = 0
@@ -108,13 +108,13 @@ class Step:
         tokens = torch.from_numpy(self.packed.tokens(self.requests)[rows])
         return Stage(rows, tokens, counts, counts, runs, self._lora)
 
-    def own_and_routed(self, outputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def own_and_routed(self, outputs: Tensor) -> list[Tensor]:
         """The outputs of visits to own layers, by request, and to routed ones, as in the plan's groups."""
         offsets = self.left.subset(self.requests).offsets
         rows = torch.from_numpy(ranges(offsets[np.argsort(self._order)], self.left.lengths[self._requests]))
         own, routed = outputs[rows[: self.left.num_tokens]], outputs[rows[self.left.num_tokens :]]
         sizes = [int(self.left.lengths[requests].sum()) for _, requests, _ in self.plan.groups]
-        return own, list(routed.split(sizes))
+        return [own, *routed.split(sizes)]
 
 
 class Joined:
@@ -130,14 +130,12 @@ class Joined:
             cohorts[0].advance()
             return
         step = Step(cohorts, [self._members(cohort) for cohort in cohorts], self._lora)
-        layers, hidden = self._backbone.own, torch.cat([cohort.hidden for cohort in cohorts])
+        layers, hidden = self._backbone.layers, torch.cat([cohort.hidden for cohort in cohorts])
         projected = layers.project(step.projecting(), step.layers, hidden)
         finishing = step.finishing()
-        attended = self._backbone.attend(
-            layers, step.layers[0], projected, step.visits, None, None, finishing.rows
-        )
+        attended = self._backbone.attend(step.layers[0], projected, step.visits, None, None, finishing.rows)
         outputs = torch.cat(list(layers.finish(finishing, step.layers, hidden, attended)))
-        hidden = mix(step.left, step.plan, *step.own_and_routed(outputs), layers.weighted_sum)
+        hidden = layers.mix(step.left, step.plan, step.own_and_routed(outputs))
         sizes = [int(cohort.lengths_after.sum()) for cohort in cohorts]
         for cohort, piece in zip(cohorts, hidden.split(sizes), strict=True):
             cohort.enter(piece)
