@@ -12,7 +12,6 @@ from time import perf_counter
 from typing import ParamSpec, TypeVar
 
 from molex.adapter import BARE, Adapter
-from molex.routing import Route
 from molex.threads import release_helpers
 from server.adapters import AdapterStore
 from server.base import Base, load_base
@@ -21,6 +20,7 @@ from server.heartbeat import LOOK_SECONDS, Heartbeat, cpu_clock, cpu_seconds
 from server.loader import Loader
 from server.metrics import Metrics
 from server.pool import Pool
+from server.recording import record
 from server.runner import StepOutput
 from server.scheduler import Batch, Scheduler
 from server.sequence import Sequence, Update
@@ -208,41 +208,12 @@ class Engine:
 
     def _postprocess(self, batch: Batch[Sequence], output: StepOutput) -> None:
         # A sequence stays the scheduler's until its update is on the way: `_abandon` answers it otherwise.
-        self._record(batch.base, output)
+        record(self.metrics, batch.base, output)
         with self._wake:
             self._scheduler.postprocess(batch)
             if self._alone and batch.sequences == (self._alone[0],):
                 self._alone.popleft()
         self._deliver(output.updates)
-
-    def _record(self, base: str, output: StepOutput) -> None:
-        for stats in output.stats:
-            self.metrics.batch(base, stats.tokens, stats.distinct_adapters, stats.distinct_layers)
-        now = perf_counter()
-        for update in output.updates:
-            sequence = update.sequence
-            if update.error is not None:
-                continue
-            if len(sequence.output_ids) <= 1:
-                self._record_route(base, sequence)
-            if sequence.output_ids:
-                self._record_token(base, sequence, now)
-
-    def _record_token(self, base: str, sequence: Sequence, now: float) -> None:
-        timings = sequence.timings
-        if len(sequence.output_ids) == 1:
-            self.metrics.first_token(base, now - timings.created)
-            self.metrics.reused(base, sequence.num_reused)
-        else:
-            self.metrics.next_token(base, now - timings.last_token)
-        timings.last_token = now
-
-    def _record_route(self, base: str, sequence: Sequence) -> None:
-        molex = sequence.adapter.molex
-        route: Route = sequence.route or ()
-        for depth, choice in zip(molex.mixed_depths if molex else (), route, strict=True):
-            for layer in choice.layers:
-                self.metrics.routed(base, depth, layer)
 
     def _deliver(self, updates: Iterable[Update]) -> None:
         """Hand updates to the event loop, all of a step at once."""
