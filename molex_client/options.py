@@ -17,7 +17,8 @@ class GenerationOptions(TypedDict, total=False):
     """Of completions and chat alike; what is left out has the server's default.
 
     `top_k`, `min_p`, `repetition_penalty`, `ignore_eos` and `structured_outputs` are as in vLLM.
-    `return_routes` asks for the layers that each mixed depth chose.
+    `return_routes` asks for the layers that each mixed depth chose; of what waits of a tenant the lowest
+    `priority` is first.
     """
 
     max_tokens: int
@@ -37,6 +38,7 @@ class GenerationOptions(TypedDict, total=False):
     response_format: dict[str, Any]
     structured_outputs: dict[str, Any]
     return_routes: bool
+    priority: int
     user: str
 
 

@@ -47,8 +47,10 @@ def test_a_token_outside_the_vocabulary_is_refused(token):
 @pytest.mark.parametrize("kind", DECODERS)
 def test_weights_that_are_tied_are_in_memory_once(kind, tmp_path):
     model = MolexModel.from_pretrained(tiny_base(kind, tmp_path))
-    before, tied = model.nbytes, model.backbone.config.tie_word_embeddings
+    backbone = model.backbone
+    before, tied = model.nbytes - backbone.layers.nbytes, backbone.config.tie_word_embeddings
+    table = backbone.lm_head.weight.nbytes
     model.prepack()
-    assert isinstance(model.backbone._base.get_input_embeddings(), NativeEmbedding) == tied
-    # Tiles of 64 tokens and of 4 inputs are filled up, and norms are kept in float32.
-    assert model.nbytes < 1.5 * before
+    assert isinstance(backbone._base.get_input_embeddings(), NativeEmbedding) == tied
+    # Tiles of 64 tokens are filled up, which takes less than the weights once more.
+    assert model.nbytes - backbone.layers.nbytes < before + table / 2

@@ -12,8 +12,8 @@ from server.registry.storage import Storage
 
 
 def files(letter: str, size: int = 98) -> AdapterFiles:
-    """A hundred bytes, or others."""
-    return AdapterFiles(b"{}", letter.encode() * size)
+    """A hundred bytes, or others; the weights begin with the length of their header."""
+    return AdapterFiles(b"{}", (size - 8).to_bytes(8, "little") + letter.encode() * (size - 8))
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def scene(settings, adapters_folder, tmp_path_factory) -> Iterator[tuple[Live, d
 def acme(scene) -> Iterator[httpx.Client]:
     """The client of a tenant that has loaded `acme/secret`."""
     client = scene[1]["acme"]
-    assert client.put("/v1/adapters/secret", json={"source": "secret"}).status_code == 201
+    assert client.put("/v1/adapters/secret?wait=60", json={"source": "secret"}).status_code == 201
     yield client
     client.delete("/v1/adapters/secret")
 
