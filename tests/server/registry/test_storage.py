@@ -11,9 +11,14 @@ from server.errors import ErrorKind, ServiceError
 from server.registry.storage import Storage
 
 
+HEADER = 40
+
+
 def files(letter: str, size: int = 98) -> AdapterFiles:
-    """A hundred bytes, or others; the weights begin with the length of their header."""
-    return AdapterFiles(b"{}", (size - 8).to_bytes(8, "little") + letter.encode() * (size - 8))
+    """A hundred bytes, or others, the weights with a header that says so."""
+    values = size - 8 - HEADER
+    header = f'{{"x": {{"data_offsets": [0, {values}]}}}}'.ljust(HEADER).encode()
+    return AdapterFiles(b"{}", HEADER.to_bytes(8, "little") + header + letter.encode() * values)
 
 
 @pytest.fixture
