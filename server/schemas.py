@@ -11,7 +11,7 @@ from typing import Annotated, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.catalogue.records import Scope
-from server.settings import ALIAS_PATTERN, FULL_NAME_PATTERN, MAX_FULL_NAME, MAX_INPUTS
+from server.settings import ALIAS_PATTERN, FULL_NAME_PATTERN, MAX_ALIAS, MAX_FULL_NAME, MAX_INPUTS
 
 MAX_TEXT = 4_194_304
 """Characters. More than that is no prompt: the longest sequence has a million tokens."""
@@ -124,7 +124,7 @@ class EmbeddingsRequest(Body):
         return [self.input] if isinstance(self.input, str) else self.input
 
 
-AliasName = Annotated[str, Field(pattern=ALIAS_PATTERN)]
+AliasName = Annotated[str, Field(pattern=ALIAS_PATTERN, max_length=MAX_ALIAS)]
 VersionNumber = Annotated[int, Field(ge=1, le=2**53)]
 
 

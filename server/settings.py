@@ -26,6 +26,7 @@ MAX_INPUTS = 4096
 """What `max_inputs` may be set to at most."""
 MAX_REQUEST_SECONDS = 86_400
 """What `max_request_seconds` may be set to at most."""
+MAX_ALIAS = 63
 ALIAS_PATTERN = r"^[A-Za-z][A-Za-z0-9._-]{0,62}$"
 """Names of versions: never the same as a number."""
 

@@ -17,8 +17,14 @@ from server.routes.adapter_cards import AdapterCard, AdapterList, adapter_card
 from server.routes.errors import text_answers
 from server.routes.uploads import DOCUMENTED, Upload, read_put
 from server.routes.vllm_errors import VLLM_ERRORS
-from server.schemas import AdapterName, AliasRequest, LoadLoraRequest, RollbackRequest, UnloadLoraRequest
-from server.settings import ALIAS_PATTERN
+from server.schemas import (
+    AdapterName,
+    AliasName,
+    AliasRequest,
+    LoadLoraRequest,
+    RollbackRequest,
+    UnloadLoraRequest,
+)
 
 MAX_WAIT = 300
 """Seconds."""
@@ -26,7 +32,7 @@ MAX_WAIT = 300
 router = APIRouter(tags=["adapters"])
 vllm_verbs = APIRouter(tags=["vllm"], **VLLM_ERRORS)
 Name = Annotated[AdapterName, Path()]
-Alias = Annotated[str, Path(pattern=ALIAS_PATTERN)]
+Alias = Annotated[AliasName, Path()]
 Number = Annotated[int, Path(ge=1, le=2**53)]
 Wait = Annotated[float, Query(ge=0, le=MAX_WAIT, allow_inf_nan=False)]
 

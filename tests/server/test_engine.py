@@ -459,8 +459,11 @@ def test_a_reload_under_traffic_leaves_running_requests_on_their_weights(
     held = brake(live, "dec")
     before = threads.submit(live.complete, **body, stream=True)
     held.until(lambda: len(held.batches) == 1)
-    new = put(71)
+    loading = threads.submit(put, 71)
+    # Its warm-up is the step that comes next.
+    held.until(lambda: bool(live.engine._alone))
     held.release()
+    new = loading.result()
     events = [line.removeprefix("data: ") for line in before.result().text.split("\n\n")[:-2]]
     chunks = [json.loads(event) for event in events]
     assert {chunk["adapter_digest"] for chunk in chunks} == {old}

@@ -10,7 +10,6 @@ from molex.adapter_file import AdapterFiles, read_files
 from server.errors import ErrorKind, ServiceError
 from server.registry.storage import Storage
 
-
 HEADER = 40
 
 
