@@ -1,6 +1,7 @@
 """Generation over many LoRA adapters: our server against vLLM, transformers with PEFT, and llama.cpp.
 
-    python -m benchmarks.bench_generation [--rounds 5] [--tokens 64] [--peers vllm …] [--output DIR]
+    python -m benchmarks.bench_generation [--rounds 5] [--tokens 64] [--dtypes bfloat16 …] [--peers vllm …]
+        [--output DIR]
 
 16 streams over 8 adapters of rank 8 on queries and values of the demo decoder; every contestant makes the
 same number of tokens after the same prompts, greedily, whether or not it meets the end of its text. Servers
@@ -126,7 +127,8 @@ def figures(rates: Mapping[str, float]) -> Iterator[Figure]:
     for own, peer, bound in AT_THEIR_BEST:
         what = f"{own} / {peer}, each at its best, {STREAMS} streams over {ADAPTERS} adapters, tokens/s"
         yield from _ratio("P6", what, bound, _of(rates, own), _of(rates, peer))
-    for dtype, (kind, bound) in product(DTYPES, AT_EQUAL_WIDTH):
+    measured = [dtype for dtype in DTYPES if _of(rates, "ours LoRA", [dtype])]
+    for dtype, (kind, bound) in product(measured, AT_EQUAL_WIDTH):
         what = f"ours / llama.cpp, {DTYPES[dtype].itemsize * 8}-bit weights, {kind}, tokens/s"
         ours = _of(rates, f"ours {kind}", [dtype])
         yield from _ratio("P7", what, bound, ours, _of(rates, f"llama {kind}", LLAMA_WEIGHTS[dtype]))
@@ -160,6 +162,7 @@ def available(peers: Sequence[str]) -> list[str]:
 def main() -> None:
     parser = command_line(__doc__, rounds=5)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     options = parser.parse_args()
     behave_as_the_server()
@@ -169,7 +172,7 @@ def main() -> None:
         folder = Path(scratch)
         write_adapters(MODEL, folder / ADAPTER_FOLDER, ADAPTERS)
         load = Workload(sentences(STREAMS, seed=1), [n % ADAPTERS for n in range(STREAMS)], options.tokens)
-        for dtype in DTYPES:
+        for dtype in options.dtypes:
             with ExitStack() as stack:
                 rates |= all_arms(stack, folder, dtype, load, peers).rates(options.rounds)
     for name, rate in rates.items():

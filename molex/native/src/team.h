@@ -3,9 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
-#include <immintrin.h>
 #include <omp.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -14,32 +12,10 @@
 
 namespace molex {
 
-// Where threads wait for one another. OpenMP's own barrier spins, so a thread waits on its core for another that
-// has lost its core to somebody else, who might be the one that sends the answers out; this one lets others run.
-class Barrier {
- public:
-  void wait(int64_t threads) {
-    const int64_t phase = phase_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
-      arrived_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
-      return;
-    }
-    for (int64_t i = 0; phase_.load(std::memory_order_acquire) == phase; ++i)
-      i < kSpins ? _mm_pause() : static_cast<void>(sched_yield());
-  }
-
- private:
-  static constexpr int64_t kSpins = 2000;  // Some 20 microseconds: a thread's parts of a product differ by less.
-
-  std::atomic<int64_t> arrived_{0}, phase_{0};
-};
-
 // The threads that work on one block. All of them run the same code and meet at barriers.
 struct Team {
   int64_t rank = 0;
   int64_t size = 1;
-  Barrier* meeting = nullptr;
 
   // This thread's part of `count` pieces of work.
   template <class Work>
@@ -49,7 +25,9 @@ struct Team {
 
   // Wait until every thread of the team is here.
   void barrier() const {
-    if (size > 1) meeting->wait(size);
+    if (size > 1) {
+#pragma omp barrier
+    }
   }
 };
 
@@ -68,10 +46,10 @@ std::vector<Scratch>& kept_scratches() {
 template <class Scratch, class Work>
 void in_one_region(const Work& work) {
   std::vector<Scratch>& scratches = kept_scratches<Scratch>();
-  Barrier meeting;
-#pragma omp parallel num_threads(at::get_num_threads())
+  const int64_t threads = at::get_num_threads();
+#pragma omp parallel num_threads(threads)
   {
-    work(Team{omp_get_thread_num(), omp_get_num_threads(), &meeting}, scratches);
+    work(Team{omp_get_thread_num(), threads}, scratches);
     at::native::cpublas::brgemm_release();
   }
 }
@@ -98,15 +76,13 @@ void for_each_block(int64_t count, const Work& work) {
   Scratch* scratch = kept_scratches<Scratch>().data();
   const bool together = count < kBlocksPerThread * threads;
   std::atomic<int64_t> next{0};
-  Barrier meeting;
 #pragma omp parallel num_threads(threads)
   {
     const int64_t rank = omp_get_thread_num();
     if (together) {
-      const Team everyone{rank, omp_get_num_threads(), &meeting};
       for (int64_t i = 0; i < count; ++i) {
-        work(i, everyone, scratch[0]);
-        everyone.barrier();
+        work(i, Team{rank, threads}, scratch[0]);
+#pragma omp barrier
       }
     } else {
       for (int64_t i = next++; i < count; i = next++) work(i, Team{}, scratch[rank]);
