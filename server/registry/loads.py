@@ -206,7 +206,7 @@ class Loads:
             try:
                 files = await loader.run(read_files, registry.storage.path(request.digest))
             except AdapterError as error:
-                raise ServiceError(ErrorKind.BAD_ADAPTER, f"the upload is gone: {error}") from error
+                raise ServiceError(ErrorKind.BAD_ADAPTER, str(error), param=error.subject) from error
             return files, request.source
         if is_remote(request.source):
             return await registry.fetch(request.source)

@@ -53,6 +53,11 @@ class Scene:
 
         monkeypatch.setattr(runner, "run", held)
 
+        async def already_warm(*_: Any) -> None:
+            """A worker that stands at the gate could not run a warm-up, which others test."""
+
+        monkeypatch.setattr("server.registry.loads.warm_up", already_warm)
+
     def until(self, condition: Callable[[], bool], looks: int = 10_000) -> None:
         """Wait for what other threads are about to do; each look takes one round trip to the server."""
         for _ in range(looks):

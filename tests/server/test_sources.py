@@ -64,7 +64,7 @@ def test_callers_cannot_leave_the_root_by_link(sources, root, outside):
 @pytest.mark.parametrize("source", ["nowhere", "topic/adapter_config.json", "x" * 1000, "a\0b", "a%2F.."])
 def test_a_source_that_is_no_folder_is_refused(sources, source):
     error = refusal(sources.resolve, source)
-    assert (error.kind, error.param) == (ErrorKind.BAD_ADAPTER, "source")
+    assert (error.kind, error.param) == (ErrorKind.NO_SOURCE, "source")
 
 
 def test_a_link_to_itself_is_refused(sources, root):

@@ -81,7 +81,8 @@ def test_other_dialects_have_the_same_deadline(live, brake):
     held.until(lambda: waiting(live, "enc") + running(live) == 0)
 
 
-def test_waiting_for_a_tokenizer_counts(live, threads):
+def test_waiting_for_a_tokenizer_counts(live, threads, monkeypatch):
+    monkeypatch.setattr("server.routes.prompts.SHORT_CHARACTERS", 0)
     go, started = Event(), []
     pool = live.engine._pool._executor
 

@@ -176,6 +176,7 @@ def test_a_load_begins_beside_tokenization(tight, monkeypatch):
         assert begun.wait(60)
         return encode(*arguments, **options)
 
+    monkeypatch.setattr("server.routes.prompts.SHORT_CHARACTERS", 0)
     monkeypatch.setattr(store, "read_again", read)
     monkeypatch.setattr(tokenization, "encode", encode_after)
     assert ask(tight, "mood").status_code == 200
