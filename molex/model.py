@@ -5,7 +5,7 @@ Training, offline use and serving all run `MolexModel.run`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from molex.errors import InputError
 from molex.forward import Forward
 from molex.kv_cache import KVCache
 from molex.lora import BatchLora
-from molex.passes import Pass, RunOutput, RunStats, joined
+from molex.passes import Pass, RunOutput, RunStats, joined, uncounted
 from molex.routing import flat_route
 from molex.row import Row, check
 
@@ -174,6 +174,7 @@ class MolexModel:
         rows: Sequence[Row],
         cache: KVCache | None = None,
         lm_logits: Literal["last", "all"] = "last",
+        on_depth: Callable[[], None] = uncounted,
     ) -> RunOutput:
         """The packed forward over requests of any adapters, lengths and stages.
 
@@ -181,26 +182,30 @@ class MolexModel:
         slot. `lm_logits` chooses between the next-token logits and those of every token.
 
         Where the kernels can, generations that run go through all depths in one call, and the other rows
-        through a pass of their own.
+        through a pass of their own. `on_depth` is called after each depth of a pass.
         """
         if not rows:
             return RunOutput([], [], torch.zeros(()), RunStats(0, 0, 0))
         if cache is None or lm_logits == "all" or not can_decode(self.backbone):
-            return self._run_pass(rows, cache, lm_logits)
+            return self._run_pass(rows, cache, lm_logits, on_depth)
         running = [i for i, row in enumerate(rows) if is_decoding(row)]
         others = [i for i, row in enumerate(rows) if not is_decoding(row)]
         outputs = []
         if running:
             outputs.append(self._decode([rows[i] for i in running], cache))
         if others:
-            outputs.append(self._run_pass([rows[i] for i in others], cache, lm_logits))
+            outputs.append(self._run_pass([rows[i] for i in others], cache, lm_logits, on_depth))
         return outputs[0] if len(outputs) == 1 else joined(outputs, [*running, *others])
 
     def _run_pass(
-        self, rows: Sequence[Row], cache: KVCache | None, lm_logits: Literal["last", "all"]
+        self,
+        rows: Sequence[Row],
+        cache: KVCache | None,
+        lm_logits: Literal["last", "all"],
+        on_depth: Callable[[], None] = uncounted,
     ) -> RunOutput:
         forward = self.begin(rows, cache, lm_logits)
-        forward.advance(forward.depths_left)
+        forward.advance(forward.depths_left, on_depth)
         return forward.output()
 
     def _decode(self, rows: Sequence[Row], cache: KVCache) -> RunOutput:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,6 +50,10 @@ def joined(outputs: Sequence[RunOutput], places: Sequence[int]) -> RunOutput:
     return RunOutput([logits[i] for i in order], [routes[i] for i in order], outputs[0].balance_loss, stats)
 
 
+def uncounted() -> None:
+    """For callers that do not count depths."""
+
+
 class Pass:
     """All rows of a `Forward` go through the depths together, so where it stops changes no result.
 
@@ -84,12 +88,13 @@ class Pass:
         """As many of the depths left as are the work of so many tokens through all depths, at least one."""
         return min(self.depths_left, max(1, tokens * self._num_depths // self._forward.packed.num_tokens))
 
-    def advance(self, depths: int) -> None:
-        """Run through the next `depths` depths."""
+    def advance(self, depths: int, on_depth: Callable[[], None] = uncounted) -> None:
+        """Run through the next `depths` depths; `on_depth` is called after each."""
         for depth in range(self._depth, self._depth + depths):
             plan = self._router.plan(depth, self._hidden)
             self._distinct_layers += len(plan.groups)
             self._hidden = self._forward.run_depth(depth, plan, self._hidden)
+            on_depth()
         self._depth += depths
 
     def output(self) -> RunOutput:

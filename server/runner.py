@@ -12,7 +12,7 @@ from torch import Tensor
 
 from molex.kv_cache import PAGE_TOKENS, KVCache
 from molex.model import MolexModel
-from molex.passes import Pass, RunOutput, RunStats
+from molex.passes import RunOutput, RunStats
 from molex.prefix import page_keys
 from molex.row import Row
 from molex.sampling import (
@@ -112,18 +112,12 @@ class ModelRunner:
                 self._end_pass(step, some, *results, perf_counter() - begin)
 
     def _forward(self, sequences: Seq[Sequence]) -> Results:
-        running = self._model.begin([self._row(sequence) for sequence in sequences], self._cache)
-        self._advance_pass(running, running.depths_left)
-        return self._results(running, sequences)
-
-    def _advance_pass(self, running: Pass, depths: int) -> None:
-        for _ in range(depths):
-            running.advance(1)
-            self.progress += 1
-
-    def _results(self, running: Pass, sequences: Seq[Sequence]) -> Results:
-        output = running.output()
+        rows = [self._row(sequence) for sequence in sequences]
+        output = self._model.run(rows, self._cache, on_depth=self._progressed)
         return output, _side_by_side(sequences, output.logits)
+
+    def _progressed(self) -> None:
+        self.progress += 1
 
     def _end_pass(
         self,
@@ -139,16 +133,19 @@ class ModelRunner:
             sequence.start += len(sequence.new_token_ids)
             sequence.route = route
             step.updates.append(self._advance(sequence, logits))
-            self.progress += 1
+            self._progressed()
 
     def _run_part(self, step: StepOutput, sequence: Sequence, tokens: int) -> None:
         """Run a long prompt through some more depths. What it raises concerns nobody else."""
         begin = perf_counter()
         try:
             running = sequence.paused or self._model.begin([self._row(sequence)], self._cache)
-            self._advance_pass(running, running.depths_within(tokens))
+            running.advance(running.depths_within(tokens), self._progressed)
             sequence.paused = running if running.depths_left else None
-            results = None if running.depths_left else self._results(running, [sequence])
+            results = None
+            if not running.depths_left:
+                output = running.output()
+                results = output, _side_by_side([sequence], output.logits)
         except Exception:
             log.exception("a prompt that runs in parts failed")
             step.updates.append(self._failure(sequence))

@@ -9,7 +9,9 @@ import httpx
 import pytest
 
 from molex import write_adapter
+from molex.decoding import Decoding
 from molex.forward import Forward
+from tests.molex.native.kernels import needs_kernels
 from tests.server.looks import LONG, all_free, idle, running, waiting
 from tests.tiny import random_adapter
 
@@ -58,6 +60,23 @@ def test_a_failed_batch_answers_every_member_and_the_worker_goes_on(live, thread
     held.release()
     assert first.result().status_code == 500
     assert [other.result().status_code for other in others] == [200, 200]
+
+
+@needs_kernels
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_every_token_but_the_first_takes_one_call_into_the_kernels(settings, start, monkeypatch, precision):
+    live = start(settings.model_copy(update={"precision": precision}))
+    step, steps = Decoding.step, []
+
+    def counted(self, rows):
+        steps.append(len(rows))
+        return step(self, rows)
+
+    monkeypatch.setattr(Decoding, "step", counted)
+    for model in ("writer", "poet", "dec"):
+        steps.clear()
+        assert live.complete(model=model, prompt="w1 w2", max_tokens=5, ignore_eos=True).status_code == 200
+        assert steps == [1] * 4
 
 
 def poison(monkeypatch, token_id: int) -> list[int]:
@@ -129,7 +148,7 @@ def test_when_everything_fails_retries_end(live, threads, brake, monkeypatch):
     runner = live.engine.bases["enc"].runner
     passes = []
 
-    def begin(rows, cache):
+    def begin(rows, *_):
         passes.append(len(rows))
         raise MemoryError
 

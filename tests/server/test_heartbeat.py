@@ -83,16 +83,15 @@ def test_a_worker_that_is_slow_is_not_stuck(settings, start, monkeypatch):
     looks = []
     look_at = engine._heartbeat.look
     monkeypatch.setattr(engine._heartbeat, "look", lambda *seen: (look_at(*seen), looks.append(1)))
-    advance = runner._advance_pass
+    progressed = runner._progressed
 
-    def slow(running, depths):
-        for _ in range(depths):
-            seen = len(looks)
-            advance(running, 1)
-            while len(looks) < seen + 2:
-                live.http.get("/livez")
+    def slow():
+        seen = len(looks)
+        progressed()
+        while len(looks) < seen + 2:
+            live.http.get("/livez")
 
-    monkeypatch.setattr(runner, "_advance_pass", slow)
+    monkeypatch.setattr(runner, "_progressed", slow)
     assert live.classify(model="mood", input="w1").status_code == 200
     assert len(looks) * LOOK_SECONDS > 2 * 1
 
