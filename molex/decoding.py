@@ -48,6 +48,8 @@ class Decoding:
     ) -> None:
         forward = Forward(rows, adapters, lora, cache, backbone, "last")
         self._slots = [ref(row.slot) for row in rows if row.slot is not None]
+        self._adapters = [ref(row.adapter) for row in rows]
+        self._routes = [row.route for row in rows]
         self._order = forward.order
         self._backbone = backbone
         self._cache = ref(cache)
@@ -55,7 +57,13 @@ class Decoding:
 
     def serves(self, rows: Sequence[Row], cache: KVCache) -> bool:
         """Whether these are the rows it was made for, some tokens on."""
-        return self._cache() is cache and [slot() for slot in self._slots] == [row.slot for row in rows]
+        return (
+            self._cache() is cache
+            and [slot() for slot in self._slots] == [row.slot for row in rows]
+            # The kernels read the factors where they lie: they must not be those of an adapter that is gone.
+            and [adapter() for adapter in self._adapters] == [row.adapter for row in rows]
+            and self._routes == [row.route for row in rows]
+        )
 
     def step(self, rows: Sequence[Row]) -> RunOutput:
         """Run one token of each row; the results are those of `MolexModel.run`."""

@@ -195,7 +195,11 @@ class MolexModel:
             outputs.append(self._decode([rows[i] for i in running], cache))
         if others:
             outputs.append(self._run_pass([rows[i] for i in others], cache, lm_logits, on_depth))
-        return outputs[0] if len(outputs) == 1 else joined(outputs, [*running, *others])
+        return (
+            outputs[0]
+            if len(outputs) == 1
+            else joined(outputs, [*running, *others], len(distinct_adapters(rows)))
+        )
 
     def _run_pass(
         self,

@@ -37,13 +37,13 @@ class RunOutput:
     stats: RunStats
 
 
-def joined(outputs: Sequence[RunOutput], places: Sequence[int]) -> RunOutput:
+def joined(outputs: Sequence[RunOutput], places: Sequence[int], distinct_adapters: int) -> RunOutput:
     """One output of passes that ran one after the other, whose rows belong at `places`."""
     logits = dict(zip(places, (values for o in outputs for values in o.logits), strict=True))
     routes = dict(zip(places, (route for o in outputs for route in o.routes), strict=True))
     stats = RunStats(
         sum(output.stats.tokens for output in outputs),
-        sum(output.stats.distinct_adapters for output in outputs),
+        distinct_adapters,
         sum(output.stats.distinct_layers for output in outputs),
     )
     order = range(len(places))

@@ -6,13 +6,13 @@ import os
 import re
 from collections.abc import Callable, Coroutine
 from functools import wraps
-from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx
 from pydantic import BaseModel
 
 from molex_client.api import Api
+from molex_client.closing import AsyncClosing, Closing
 from molex_client.retries import Retries
 from molex_client.streams import AsyncStream, Stream
 from molex_client.transports import AsyncTransport, BlockingTransport, timeouts
@@ -23,7 +23,7 @@ Piece = TypeVar("Piece", bound=BaseModel)
 KEY_VARIABLE = "MOLEX_KEY"
 
 
-class AsyncClient(Api):
+class AsyncClient(Api, AsyncClosing):
     """Calls a molex-serve without blocking, in the event loop of asyncio.
 
     `url` is where it listens; `key` an API key, by default that of the environment variable MOLEX_KEY, if it
@@ -47,14 +47,6 @@ class AsyncClient(Api):
     async def aclose(self) -> None:
         """Close all connections."""
         await self._transport.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
 
     def __repr__(self) -> str:
         return f"AsyncClient({str(self._transport.http.base_url)!r})"
@@ -93,7 +85,7 @@ def _result(coroutine: Coroutine[Any, Any, T]) -> T:
     raise AssertionError("a blocking transport has waited for an event loop")
 
 
-class Client:
+class Client(Closing):
     """Calls a molex-serve and blocks until it has answered. Threads may share one.
 
     What it takes is as in `AsyncClient`, and so are its calls. Close it, or use it in `with`.
@@ -135,14 +127,6 @@ class Client:
     def close(self) -> None:
         """Close all connections."""
         self._transport.http.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"Client({str(self._transport.http.base_url)!r})"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Generic, TypeVar
 
 import httpx
 from pydantic import BaseModel
 
+from molex_client.closing import AsyncClosing, Closing
 from molex_client.errors import ConnectionFailedError, failure, refusal_in_stream
 from molex_client.reading import parse, read_json
 
@@ -53,7 +53,7 @@ class EventReader(Generic[T]):
         return parse(self._kind, content)
 
 
-class AsyncStream(Generic[T]):
+class AsyncStream(AsyncClosing, Generic[T]):
     """An answer in pieces, for `async for`. Leaving `async with` early closes it, and the server stops."""
 
     def __init__(self, response: httpx.Response, events: EventReader[T]) -> None:
@@ -75,16 +75,8 @@ class AsyncStream(Generic[T]):
         """End the request; the server stops working on it."""
         await self.response.aclose()
 
-    async def __aenter__(self) -> Self:
-        return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-
-class Stream(Generic[T]):
+class Stream(Closing, Generic[T]):
     """An answer in pieces, for `for`. Leaving `with` or the loop early closes it, and the server stops."""
 
     def __init__(self, response: httpx.Response, events: EventReader[T]) -> None:
@@ -104,11 +96,3 @@ class Stream(Generic[T]):
     def close(self) -> None:
         """End the request; the server stops working on it."""
         self._response.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

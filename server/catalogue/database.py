@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +37,13 @@ def migrate(url: URL) -> None:
 
     Raises ServiceError where the database cannot be opened or was made by a newer version.
     """
-    engine = create_engine(_sync(url), **_options(url))
-    _prepare(engine)
     config = _config()
-    try:
+    with _opened(url) as engine:
+        _prepare(engine)
         with engine.connect().execution_options(sqlite_begin=IMMEDIATE) as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
             connection.commit()
-    except DBAPIError as error:
-        raise _unopened(error) from error
-    except CommandError as error:
-        raise _newer() from error
-    finally:
-        engine.dispose()
 
 
 def schema_revisions(url: URL) -> tuple[str | None, str]:
@@ -56,20 +51,27 @@ def schema_revisions(url: URL) -> tuple[str | None, str]:
 
     Raises ServiceError as `migrate` does.
     """
-    engine = create_engine(_sync(url), **_options(url))
     known = ScriptDirectory.from_config(_config())
-    try:
+    with _opened(url) as engine:
         with engine.connect() as connection:
             current = MigrationContext.configure(connection).get_current_revision()
         if current is not None:
             known.get_revision(current)
+    return current, str(known.get_current_head())
+
+
+@contextmanager
+def _opened(url: URL) -> Iterator[Engine]:
+    """Connections of this thread, and what is wrong with a database or its schema as a ServiceError."""
+    engine = create_engine(_sync(url), **_options(url))
+    try:
+        yield engine
     except DBAPIError as error:
         raise _unopened(error) from error
     except CommandError as error:
         raise _newer() from error
     finally:
         engine.dispose()
-    return current, str(known.get_current_head())
 
 
 def _config() -> Config:

@@ -122,6 +122,7 @@ def test_what_runs_beside_a_generation_changes_nothing(folder):
     beside = [Row(random_ids(7, seed=3), classifier), Row(random_ids(20, seed=4), adapters[1])]
     together = model.run([beside[0], *rows[::-1], beside[1]], running.cache)
     assert len(together.logits) == 7
+    assert (together.stats.tokens, together.stats.distinct_adapters) == (5 + 7 + 20, 6)
     for one, other in zip(alone, together.logits[1:-1][::-1], strict=True):
         torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
     for row, logits in zip(beside, (together.logits[0], together.logits[-1]), strict=True):
@@ -142,6 +143,21 @@ def test_generations_that_come_and_go_are_planned_anew(folder):
         for place, i in enumerate(chosen):
             expected, _ = reference(running.texts[i], adapters[i], voters=len(running.texts[i]) - step - 1)
             torch.testing.assert_close(output.logits[place], expected[-1], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_another_adapter_in_the_same_slot_is_planned_anew(folder):
+    """Its factors lie elsewhere, and those of the first may be gone."""
+    model = packed(folder)
+    first, second = (random_adapter(model.spec, seed=n, task="CAUSAL_LM", r=2) for n in (1, 2))
+    running = Generations(model, [first], [4])
+    running.grow(0)
+    model.run(running.rows(), running.cache)
+    running.adapters[0] = second
+    expected = model._run_pass(running.rows(), running.cache, "last").logits[0]
+    torch.testing.assert_close(
+        model.run(running.rows(), running.cache).logits[0], expected, atol=1e-5, rtol=1e-5
+    )
 
 
 @torch.no_grad()
