@@ -83,18 +83,18 @@ class Forward:
             causal=backbone.family.causal,
             device=backbone.device,
         )
-        self._rotary: tuple[Tensor, Tensor] | None = None
+        self.rotary: tuple[Tensor, Tensor] | None = None
         self._everyone = np.arange(len(rows))
         needed = [self._needed_tokens(row, lm_logits) for row in self.rows]
-        self._first_needed = np.array([tokens.start for tokens in needed])
-        self._result = Packed(
+        self.first_needed = np.array([tokens.start for tokens in needed])
+        self.result = Packed(
             [len(tokens) for tokens in needed],
             np.zeros_like(self._everyone),
             self.packed.members,
             causal=False,
             device=backbone.device,
         )
-        self._lora = lora
+        self.lora = lora
         self._arrangements: dict[tuple[bytes, ...], Arrangement] = {}
         self._pages = _page_table(self.rows)
 
@@ -119,7 +119,7 @@ class Forward:
             flat = [t for row in self.rows for t in row.token_type_ids or [0] * len(row.token_ids)]
             types = self._tensor(flat)[tokens]
         hidden = backbone.embed(ids[tokens], positions[tokens], types)
-        self._rotary = backbone.rotary(hidden, positions)
+        self.rotary = backbone.rotary(hidden, positions)
         return hidden
 
     def run_depth(self, depth: int, plan: RoutePlan, hidden: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class Forward:
         ]
         if plan.own is None:
             return outputs[0]
-        layout = self._result if last else self.packed
+        layout = self.result if last else self.packed
         return self.backbone.layers.mix(layout, plan, outputs)
 
     def calls(self, depth: int, plan: RoutePlan) -> list[list[LayerCall]]:
@@ -155,11 +155,11 @@ class Forward:
         numbers = [call.layer for call in calls]
         stage = arranged.stage
         projected = layers.project(stage, numbers, hidden)
-        if last and self._result.num_tokens < self.packed.num_tokens:
+        if last and self.result.num_tokens < self.packed.num_tokens:
             requests = np.concatenate([call.requests for call in calls])
-            first = arranged.packed.offsets + self._first_needed[requests]
-            needed = ranges(first, self._result.lengths[requests])
-            stage = self._stage(calls, self._result, arranged.tokens, needed)
+            first = arranged.packed.offsets + self.first_needed[requests]
+            needed = ranges(first, self.result.lengths[requests])
+            stage = self._stage(calls, self.result, arranged.tokens, needed)
         kv = None
         if self.cache is not None and arranged.kv is not None:
             kv = KVStreams(self.cache.depths[depth], arranged.kv)
@@ -179,7 +179,7 @@ class Forward:
         requests = np.concatenate([call.requests for call in calls])
         tokens = self.packed.tokens(requests)
         packed = self.packed if np.array_equal(requests, self._everyone) else self.packed.subset(requests)
-        rotary = self._rotary
+        rotary = self.rotary
         if rotary is not None:
             at = self._tensor(tokens)
             rotary = rotary[0].index_select(0, at), rotary[1].index_select(0, at)
@@ -199,7 +199,7 @@ class Forward:
         sizes = [self.backbone.layers.padded_rows(count) for count in counts]
         rows = among[_padded(counts, sizes)]
         runs = [layout.segments(call.requests) for call in calls]
-        return Stage(rows, self._tensor(tokens[rows]), counts, sizes, runs, self._lora)
+        return Stage(rows, self._tensor(tokens[rows]), counts, sizes, runs, self.lora)
 
     def _tensor(self, values: Indices | list[int]) -> Tensor:
         return torch.as_tensor(values, device=self.backbone.device)
@@ -212,9 +212,9 @@ class Forward:
         hidden = self.backbone.final_norm(hidden)
         results: dict[int, Tensor] = {}
         generated: list[int] = []
-        offsets, lengths = self._result.offsets.tolist(), self._result.lengths.tolist()
+        offsets, lengths = self.result.offsets.tolist(), self.result.lengths.tolist()
         for member, adapter in enumerate(self.adapters):
-            requests = np.flatnonzero(self._result.members == member).tolist()
+            requests = np.flatnonzero(self.result.members == member).tolist()
             if adapter.head is not None:
                 pooled = hidden[[offsets[i] for i in requests]]
                 results |= zip(requests, adapter.head.logits(pooled, self.backbone.pooler), strict=True)
@@ -229,8 +229,8 @@ class Forward:
     def _lm_logits(self, hidden: Tensor, requests: list[int], lm_logits: str) -> dict[int, Tensor]:
         assert self.backbone.lm_head is not None
         chosen = np.array(requests)
-        logits = self.backbone.lm_head(hidden[self._tensor(self._result.tokens(chosen))])
-        pieces = logits if lm_logits == "last" else logits.split(self._result.lengths[chosen].tolist())
+        logits = self.backbone.lm_head(hidden[self._tensor(self.result.tokens(chosen))])
+        pieces = logits if lm_logits == "last" else logits.split(self.result.lengths[chosen].tolist())
         return dict(zip(requests, pieces, strict=True))
 
 

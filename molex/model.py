@@ -174,7 +174,7 @@ class MolexModel:
         rows: Sequence[Row],
         cache: KVCache | None = None,
         lm_logits: Literal["last", "all"] = "last",
-        on_depth: Callable[[], None] = uncounted,
+        on_depths: Callable[[], None] = uncounted,
     ) -> RunOutput:
         """The packed forward over requests of any adapters, lengths and stages.
 
@@ -182,19 +182,19 @@ class MolexModel:
         slot. `lm_logits` chooses between the next-token logits and those of every token.
 
         Where the kernels can, generations that run go through all depths in one call, and the other rows
-        through a pass of their own. `on_depth` is called after each depth of a pass.
+        through a pass of their own. `on_depths` is called after each depth of a pass.
         """
         if not rows:
             return RunOutput([], [], torch.zeros(()), RunStats(0, 0, 0))
         if cache is None or lm_logits == "all" or not can_decode(self.backbone):
-            return self._run_pass(rows, cache, lm_logits, on_depth)
+            return self._run_pass(rows, cache, lm_logits, on_depths)
         running = [i for i, row in enumerate(rows) if is_decoding(row)]
         others = [i for i, row in enumerate(rows) if not is_decoding(row)]
         outputs = []
         if running:
             outputs.append(self._decode([rows[i] for i in running], cache))
         if others:
-            outputs.append(self._run_pass([rows[i] for i in others], cache, lm_logits, on_depth))
+            outputs.append(self._run_pass([rows[i] for i in others], cache, lm_logits, on_depths))
         return (
             outputs[0]
             if len(outputs) == 1
@@ -206,10 +206,10 @@ class MolexModel:
         rows: Sequence[Row],
         cache: KVCache | None,
         lm_logits: Literal["last", "all"],
-        on_depth: Callable[[], None] = uncounted,
+        on_depths: Callable[[], None] = uncounted,
     ) -> RunOutput:
         forward = self.begin(rows, cache, lm_logits)
-        forward.advance(forward.depths_left, on_depth)
+        forward.advance(forward.depths_left, on_depths)
         return forward.output()
 
     def _decode(self, rows: Sequence[Row], cache: KVCache) -> RunOutput:

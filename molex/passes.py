@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from molex.depths import Depths, NativeDepths, PlannedDepths
 from molex.forward import Forward
-from molex.routing import Route, Router
+from molex.routing import Route
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,12 @@ class Pass:
         voters = [len(row.token_ids) if row.voters is None else row.voters for row in forward.rows]
         self._forward = forward
         self._lm_logits: Literal["last", "all"] = lm_logits
-        pinned = [row.route for row in forward.rows]
-        layers = forward.backbone.layers
-        self._router = Router(
-            forward.adapters, forward.packed, voters, pinned, layers.gate_logits, layers.elect
-        )
         self._hidden = forward.embed()
+        self._depths: Depths = (
+            NativeDepths(forward, voters) if NativeDepths.can_run(forward) else PlannedDepths(forward, voters)
+        )
         self._num_depths = forward.backbone.num_layers
         self._depth = 0
-        self._distinct_layers = 0
 
     @property
     def depths_left(self) -> int:
@@ -88,23 +86,24 @@ class Pass:
         """As many of the depths left as are the work of so many tokens through all depths, at least one."""
         return min(self.depths_left, max(1, tokens * self._num_depths // self._forward.packed.num_tokens))
 
-    def advance(self, depths: int, on_depth: Callable[[], None] = uncounted) -> None:
-        """Run through the next `depths` depths; `on_depth` is called after each."""
-        for depth in range(self._depth, self._depth + depths):
-            plan = self._router.plan(depth, self._hidden)
-            self._distinct_layers += len(plan.groups)
-            self._hidden = self._forward.run_depth(depth, plan, self._hidden)
-            on_depth()
-        self._depth += depths
+    def advance(self, depths: int, on_depths: Callable[[], None] = uncounted) -> None:
+        """Run through the next `depths` depths; `on_depths` is called after each, or after some at once."""
+        end = self._depth + depths
+        while self._depth < end:
+            together = min(self._depths.depths_together, end - self._depth)
+            self._hidden = self._depths.run(self._hidden, self._depth, together)
+            self._depth += together
+            on_depths()
 
     def output(self) -> RunOutput:
         """The results, once all depths have run."""
-        forward, losses = self._forward, self._router.balance_losses
-        logits, routes = forward.logits(self._hidden, self._lm_logits), self._router.routes
+        forward, depths = self._forward, self._depths
+        logits, routes = forward.logits(self._hidden, self._lm_logits), depths.routes
+        losses = depths.balance_losses if isinstance(depths, PlannedDepths) else []
         inverse = sorted(range(len(forward.rows)), key=forward.order.__getitem__)
         return RunOutput(
             [logits[i] for i in inverse],
             [routes[i] for i in inverse],
             torch.stack(losses).mean() if losses else torch.zeros((), device=forward.backbone.device),
-            RunStats(forward.packed.num_tokens, len(forward.adapters), self._distinct_layers),
+            RunStats(forward.packed.num_tokens, len(forward.adapters), depths.distinct_layers),
         )

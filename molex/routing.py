@@ -30,7 +30,7 @@ class Choice(NamedTuple):
 
 
 @cache
-def _sole_choice(layer: int) -> Choice:
+def sole_choice(layer: int) -> Choice:
     """One object for all requests that choose a layer: a batch makes thousands of choices."""
     return Choice((layer,), (1.0,))
 
@@ -149,7 +149,7 @@ class Router:
             self.balance_losses.append(load_balance(ballots))
         layers, weights = election.layers.tolist(), election.weights.tolist()
         for request, chosen, share in zip(electorate.requests, layers, weights, strict=True):
-            choice = _sole_choice(chosen[0]) if len(chosen) == 1 else Choice(tuple(chosen), tuple(share))
+            choice = sole_choice(chosen[0]) if len(chosen) == 1 else Choice(tuple(chosen), tuple(share))
             self._choices[request].append(choice)
         shares = _differentiable_weights(election, ballots, electorate.molex).flatten()
         return _Visits(electorate.visitors, np.array(layers).ravel(), electorate.choices, shares)

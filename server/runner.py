@@ -113,7 +113,7 @@ class ModelRunner:
 
     def _forward(self, sequences: Seq[Sequence]) -> Results:
         rows = [self._row(sequence) for sequence in sequences]
-        output = self._model.run(rows, self._cache, on_depth=self._progressed)
+        output = self._model.run(rows, self._cache, on_depths=self._progressed)
         return output, _side_by_side(sequences, output.logits)
 
     def _progressed(self) -> None:

@@ -146,7 +146,7 @@ class NativeLayers:
     def gate_logits(
         self, gates: Sequence[Gate], lengths: Sequence[Sequence[int]], hidden: Tensor, tokens: Tensor
     ) -> Tensor:
-        if not all(_is_linear(gate) for gate in gates):
+        if not all(is_linear(gate) for gate in gates):
             return gate_logits(gates, lengths, hidden, tokens)
         counts = [sum(numbers) for numbers in lengths]
         tensors = [(gate.weight, gate.bias) for gate in gates if isinstance(gate, LinearGate)]
@@ -197,7 +197,8 @@ def release(blocks: Sequence[Any]) -> None:
                 module.base = nn.Identity()
 
 
-def _is_linear(gate: Gate) -> bool:
+def is_linear(gate: Gate) -> bool:
+    """Whether the kernels know a gate and its weights as they lie."""
     return isinstance(gate, LinearGate) and gate.weight.dtype == torch.float32 and gate.weight.is_contiguous()
 
 

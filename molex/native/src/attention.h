@@ -105,7 +105,7 @@ struct AttentionScratch {
   Softmax softmax;
 };
 
-// The queries first..first + rows of a request with `count` tokens, of one head.
+// The queries first..first + rows of a request with `count` tokens, of one head; `result` is that of the first.
 template <class T>
 void attend_block(const AttentionShape& shape, const T* queries, int64_t first, int64_t rows, int64_t count,
                   AttentionScratch& scratch, T* result) {
@@ -126,30 +126,33 @@ void attend_block(const AttentionShape& shape, const T* queries, int64_t first, 
   }
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < dim; ++c)
-      result[(first + r) * shape.num_heads * dim + c] =
-          static_cast<T>(softmax.outputs[r * dim + c] / softmax.total[r]);
+      result[r * shape.num_heads * dim + c] = static_cast<T>(softmax.outputs[r * dim + c] / softmax.total[r]);
+}
+
+// The queries begin..end of a request, of all heads that share a key head. `tokens` [count, columns] are the
+// request's, and `result` [end - begin, num_heads · head_dim] is what its queries find.
+template <class T>
+void attend_request(const AttentionShape& shape, const T* tokens, int64_t count, int64_t begin, int64_t end,
+                    int64_t kv_head, T* result) {
+  static thread_local AttentionScratch scratch;
+  const int64_t dim = shape.head_dim, shared = shape.num_heads / shape.num_kv_heads;
+  const T* keys = tokens + (shape.num_heads + kv_head) * dim;
+  scratch.memory.load(keys, keys + shape.num_kv_heads * dim, shape.columns(), count, dim);
+  for (int64_t head = kv_head * shared; head < (kv_head + 1) * shared; ++head)
+    for (int64_t first = begin; first < end; first += kMaxRows)
+      attend_block(shape, tokens + head * dim, first, std::min(kMaxRows, end - first), count, scratch,
+                   result + ((first - begin) * shape.num_heads + head) * dim);
 }
 
 // `heads` [n, columns] holds queries, keys and values of each token, request i those from offsets[i] to
 // offsets[i + 1]. Writes [n, num_heads · head_dim].
 template <class T>
 void attend(const AttentionShape& shape, const T* heads, const int64_t* offsets, int64_t requests, T* result) {
-  const int64_t dim = shape.head_dim, shared = shape.num_heads / shape.num_kv_heads;
-#pragma omp parallel num_threads(at::get_num_threads())
-  {
-    static thread_local AttentionScratch scratch;
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < requests * shape.num_kv_heads; ++item) {
-      const int64_t request = item / shape.num_kv_heads, kv_head = item % shape.num_kv_heads;
-      const int64_t count = offsets[request + 1] - offsets[request];
-      const T* tokens = heads + offsets[request] * shape.columns();
-      const T* keys = tokens + (shape.num_heads + kv_head) * dim;
-      scratch.memory.load(keys, keys + shape.num_kv_heads * dim, shape.columns(), count, dim);
-      for (int64_t head = kv_head * shared; head < (kv_head + 1) * shared; ++head)
-        for (int64_t first = 0; first < count; first += kMaxRows)
-          attend_block(shape, tokens + head * dim, first, std::min(kMaxRows, count - first), count, scratch,
-                       result + (offsets[request] * shape.num_heads + head) * dim);
-    }
+#pragma omp parallel for schedule(dynamic) num_threads(at::get_num_threads())
+  for (int64_t item = 0; item < requests * shape.num_kv_heads; ++item) {
+    const int64_t request = item / shape.num_kv_heads, count = offsets[request + 1] - offsets[request];
+    attend_request(shape, heads + offsets[request] * shape.columns(), count, 0, count, item % shape.num_kv_heads,
+                   result + offsets[request] * shape.num_heads * shape.head_dim);
   }
 }
 

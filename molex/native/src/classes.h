@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "depths.h"
 #include "huge_pages.h"
 #include "layers.h"
 #include "vocabulary.h"
@@ -19,6 +20,25 @@ inline Linear linear_of(const std::vector<Tensor>& parts, int64_t inputs) {
 
 inline NormWeights norm_of(const std::vector<Tensor>& parts) {
   return {parts.at(0), parts.size() > 1 ? parts[1] : Tensor()};
+}
+
+inline std::vector<Run> runs_of(const Tensor& runs) {
+  std::vector<Run> result;
+  auto run = runs.accessor<int64_t, 2>();
+  for (int64_t i = 0; i < run.size(0); ++i) result.push_back({run[i][0], run[i][1], run[i][2]});
+  return result;
+}
+
+// The positions of `count` tokens.
+inline Positions checked(const Tensor& past, const Tensor& cos, const Tensor& sin, int64_t count, int64_t head_dim) {
+  TORCH_CHECK(past.is_contiguous() && past.scalar_type() == at::kLong && past.sizes() == at::IntArrayRef({count}),
+              "past must be [n]");
+  for (const Tensor& part : {cos, sin})
+    TORCH_CHECK(part.numel() == 0 || (part.is_contiguous() && part.scalar_type() == at::kFloat &&
+                                      part.sizes() == at::IntArrayRef({count, head_dim})),
+                "cos and sin must be [n, head_dim] in float32");
+  TORCH_CHECK(cos.numel() == sin.numel(), "cos and sin belong together");
+  return {past, cos, sin};
 }
 
 // Layers with activations in float32 or bfloat16.
@@ -52,7 +72,7 @@ struct PackedLayers : torch::CustomClassHolder {
     return with_layers([&](const auto& layers) {
       check_hidden(layers, hidden);
       check(layers, hidden.size(0), rows, numbers, counts, runs, factors);
-      return layers.project(hidden, rows, Pass(numbers, counts, runs, factors, layers.sites()));
+      return layers.project(hidden, rows, Pass(numbers, counts, runs_of(runs), factors, layers.sites()));
     });
   }
 
@@ -64,7 +84,7 @@ struct PackedLayers : torch::CustomClassHolder {
       TORCH_CHECK(attended.is_contiguous() && attended.scalar_type() == hidden.scalar_type() &&
                       attended.sizes() == at::IntArrayRef({rows.size(0), layers.joined()}),
                   "attended must be a contiguous matrix of the rows, like hidden");
-      return layers.finish(hidden, rows, attended, Pass(numbers, counts, runs, factors, layers.sites()));
+      return layers.finish(hidden, rows, attended, Pass(numbers, counts, runs_of(runs), factors, layers.sites()));
     });
   }
 
@@ -73,7 +93,7 @@ struct PackedLayers : torch::CustomClassHolder {
                      const std::vector<int64_t>& counts, const Tensor& runs, const Tensor& factors) const {
     return with_layers([&](const auto& layers) {
       check(layers, count, rows, numbers, counts, runs, factors);
-      return Pass(numbers, counts, runs, factors, layers.sites());
+      return Pass(numbers, counts, runs_of(runs), factors, layers.sites());
     });
   }
 
@@ -85,6 +105,18 @@ struct PackedLayers : torch::CustomClassHolder {
     });
   }
 
+  // Depths first..end of a pass; see Depths.
+  Tensor run(const Tensor& hidden, int64_t first, int64_t end, const Requests& requests, const Tensor& factors,
+             const AttentionShape& shape, const Positions& positions, int64_t& routed_layers) const {
+    return with_layers([&](const auto& layers) {
+      check_hidden(layers, hidden);
+      check_factors(layers, factors);
+      TORCH_CHECK(0 <= first && first < end && end <= layers.depth(), "no depths ", first, " to ", end);
+      return layers.run(hidden, first, end, requests, factors, shape, positions, routed_layers);
+    });
+  }
+
+  int64_t depth() const { return wide_.depth(); }
   at::ScalarType dtype() const { return bfloat16_ ? at::kBFloat16 : at::kFloat; }
 
  private:
@@ -96,6 +128,13 @@ struct PackedLayers : torch::CustomClassHolder {
                 "hidden must be a contiguous matrix of the layers' width and type");
   }
 
+  template <class L>
+  void check_factors(const L& layers, const Tensor& factors) const {
+    TORCH_CHECK(factors.is_contiguous() && factors.scalar_type() == at::kLong && factors.dim() == 3 &&
+                    factors.size(1) == layers.sites() && factors.size(2) == 5,
+                "factors must be [members, sites, 5]");
+  }
+
   // `rows` are of `count` hidden states.
   template <class L>
   void check(const L& layers, int64_t count, const Tensor& rows, const std::vector<int64_t>& numbers,
@@ -103,9 +142,7 @@ struct PackedLayers : torch::CustomClassHolder {
     TORCH_CHECK(rows.is_contiguous() && rows.scalar_type() == at::kLong && rows.dim() == 1, "rows must be [n]");
     TORCH_CHECK(numbers.size() == counts.size(), "there must be a count of rows for each layer call");
     TORCH_CHECK(runs.scalar_type() == at::kLong && runs.dim() == 2 && runs.size(1) == 3, "runs must be [r, 3]");
-    TORCH_CHECK(factors.is_contiguous() && factors.scalar_type() == at::kLong && factors.dim() == 3 &&
-                    factors.size(1) == layers.sites() && factors.size(2) == 5,
-                "factors must be [members, sites, 5]");
+    check_factors(layers, factors);
     int64_t total = 0;
     for (size_t i = 0; i < numbers.size(); ++i) {
       TORCH_CHECK(0 <= numbers[i] && numbers[i] < layers.size() && counts[i] >= 0, "no such layer call");
@@ -126,6 +163,90 @@ struct PackedLayers : torch::CustomClassHolder {
   bool bfloat16_;
   Layers<at::BFloat16> narrow_;
   Layers<float> wide_;
+};
+
+// A pass without cached tokens, which runs through as many depths at a time as it is asked to.
+struct Depths : torch::CustomClassHolder {
+  // A line of `requests` [r, 7] has the number of tokens, the adapter's place in the batch, how many of the first tokens
+  // vote (0 where a route is pinned or nothing mixes), the score (0: votes, 1: softmax, 2: sigmoid), how many layers are
+  // chosen, and from which token on how many are needed of the last depth. `gates` [members, T, 2] are the addresses of
+  // the weight and bias of each adapter's gates, 0 where a depth does not mix; `weights` [members, T, 2] those of own and
+  // routed layers. `chosen` and `shares` [T, r, 2] are the layers of each route and their shares: given where it is
+  // pinned, written where a request votes.
+  Depths(c10::intrusive_ptr<PackedLayers> layers, const Tensor& requests, const Tensor& gates, const Tensor& weights,
+         Tensor chosen, Tensor shares, Tensor factors)
+      : layers_(std::move(layers)),
+        chosen_(std::move(chosen)),
+        shares_(std::move(shares)),
+        factors_(std::move(factors)) {
+    const int64_t depth = layers_->depth();
+    TORCH_CHECK(requests.scalar_type() == at::kLong && requests.dim() == 2 && requests.size(0) > 0 &&
+                    requests.size(1) == 7, "requests must be [r, 7]");
+    requests_.members = gates.size(0);
+    const std::vector<int64_t> table{requests_.members, depth, 2}, choices{depth, requests.size(0), kMaxChoices};
+    TORCH_CHECK(gates.scalar_type() == at::kLong && gates.sizes() == table && weights.scalar_type() == at::kFloat &&
+                    weights.sizes() == table, "gates and weights must be [members, T, 2]");
+    TORCH_CHECK(chosen_.is_contiguous() && chosen_.scalar_type() == at::kLong && chosen_.sizes() == choices &&
+                    shares_.is_contiguous() && shares_.scalar_type() == at::kFloat && shares_.sizes() == choices,
+                "choices must be [T, r, 2]");
+    TORCH_CHECK(factors_.size(0) == requests_.members, "there must be factors of every member");
+    requests_.chosen = chosen_.mutable_data_ptr<int64_t>();
+    requests_.shares = shares_.mutable_data_ptr<float>();
+    add_mixtures(gates.accessor<int64_t, 3>(), weights.accessor<float, 3>());
+    add_requests(requests.accessor<int64_t, 2>());
+  }
+
+  // Hidden states [n, d] → what depths first..end make of them, as in `Layers::run`. `past` [n] counts the tokens before
+  // each; cos and sin [n, head_dim] are their rotation, or empty.
+  Tensor run(const Tensor& hidden, int64_t first, int64_t end, int64_t num_heads, int64_t num_kv_heads,
+             int64_t head_dim, double scaling, bool causal, int64_t window, const Tensor& past, const Tensor& cos,
+             const Tensor& sin) {
+    TORCH_CHECK(hidden.dim() == 2 && hidden.size(0) == tokens_, "hidden must have ", tokens_, " rows");
+    const AttentionShape shape{num_heads, num_kv_heads, head_dim, static_cast<float>(scaling), causal, window};
+    const Positions positions = checked(past, cos, sin, tokens_, head_dim);
+    return layers_->run(hidden, first, end, requests_, factors_, shape, positions, routed_layers_);
+  }
+
+  // How many routed layers have run, summed over depths.
+  int64_t routed_layers() const { return routed_layers_; }
+
+ private:
+  void add_mixtures(const at::TensorAccessor<int64_t, 3>& gates, const at::TensorAccessor<float, 3>& weights) {
+    for (int64_t t = 0; t < layers_->depth(); ++t)
+      for (int64_t m = 0; m < requests_.members; ++m)
+        requests_.mixtures.push_back({reinterpret_cast<const float*>(gates[m][t][0]),
+                                      reinterpret_cast<const float*>(gates[m][t][1]), weights[m][t][0],
+                                      weights[m][t][1]});
+  }
+
+  void add_requests(const at::TensorAccessor<int64_t, 2>& given) {
+    for (int64_t r = 0; r < given.size(0); ++r) {
+      const auto line = given[r];
+      const Request request{tokens_, tokens_ + line[0], line[1], line[2], line[4], static_cast<Score>(line[3]),
+                            line[5], line[6], requests_.ballots()};
+      TORCH_CHECK(line[0] > 0 && 0 <= line[1] && line[1] < requests_.members && 0 <= line[2] && line[2] <= line[0] &&
+                      0 <= line[3] && line[3] <= 2 && 0 <= line[4] && line[4] <= kMaxChoices && 0 <= line[5] &&
+                      line[6] > 0 && line[5] + line[6] <= line[0], "request ", r, " cannot be so");
+      requests_.all.push_back(request);
+      requests_.voters.insert(requests_.voters.end(), request.voters, r);
+      tokens_ = request.end;
+      check_pinned(r);
+    }
+  }
+
+  void check_pinned(int64_t r) const {
+    const Request& request = requests_.all[r];
+    for (int64_t t = 0; request.voters == 0 && t < layers_->depth(); ++t)
+      for (int64_t c = 0; requests_.mixture(t, r).mixes() && c < request.top_k; ++c) {
+        const int64_t layer = chosen_[t][r][c].item<int64_t>();
+        TORCH_CHECK(0 <= layer && layer < layers_->depth(), "request ", r, " has no layer pinned at depth ", t);
+      }
+  }
+
+  c10::intrusive_ptr<PackedLayers> layers_;
+  Tensor chosen_, shares_, factors_;
+  Requests requests_;
+  int64_t tokens_ = 0, routed_layers_ = 0;
 };
 
 // Running generations that all take one more token in a step, depth by depth as Python has planned it.
@@ -163,19 +284,13 @@ struct Decoding : torch::CustomClassHolder {
   // [n, head_dim], empty where there is none → the output [n, d] of the last depth.
   Tensor step(const Tensor& hidden, const Tensor& past, const Tensor& cos, const Tensor& sin) const {
     TORCH_CHECK(hidden.dim() == 2 && hidden.size(0) == count_, "hidden must have ", count_, " rows");
-    TORCH_CHECK(past.is_contiguous() && past.scalar_type() == at::kLong && past.sizes() == at::IntArrayRef({count_}),
-                "past must be [n]");
-    for (const Tensor& part : {cos, sin})
-      TORCH_CHECK(part.numel() == 0 || (part.is_contiguous() && part.scalar_type() == at::kFloat &&
-                                        part.sizes() == at::IntArrayRef({count_, shape_.head_dim})),
-                  "cos and sin must be [n, head_dim] in float32");
-    TORCH_CHECK(cos.numel() == sin.numel(), "cos and sin belong together");
+    const Positions positions = checked(past, cos, sin, count_, shape_.head_dim);
     const int64_t* before = past.const_data_ptr<int64_t>();
     const auto [least, most] = std::minmax_element(before, before + count_);
     for (const DecodingDepth& depth : depths_)
       TORCH_CHECK(count_ == 0 || (*least >= 0 && *most < depth.pages.size(1) * depth.cache.size(2)),
                   "a token has no page");
-    return layers_->decode(hidden, depths_, shape_, {past, cos, sin});
+    return layers_->decode(hidden, depths_, shape_, positions);
   }
 
  private:

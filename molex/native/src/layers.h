@@ -13,6 +13,7 @@
 #include "decoding.h"
 #include "linear.h"
 #include "pass.h"
+#include "requests.h"
 #include "rows.h"
 
 namespace molex {
@@ -102,11 +103,18 @@ class Layers {
     return result;
   }
 
+  // Depths first..end of a pass from their input [n, d] → the output of the last of them, of all tokens or, at the
+  // last depth of all, of those that are needed. Fills in the choices of requests that vote; returns how many routed
+  // layers ran.
+  Tensor run(const Tensor& hidden, int64_t first, int64_t end, const Requests& requests, const Tensor& factors,
+             const AttentionShape& shape, const Positions& positions, int64_t& routed_layers) const;
+
   // One more token [n, d] of generations, through all depths.
   Tensor decode(const Tensor& hidden, const std::vector<DecodingDepth>& depths, const AttentionShape& shape,
                 const Positions& positions) const;
 
   int64_t size() const { return layers_.size(); }
+  int64_t depth() const { return depth_; }
   int64_t sites() const { return sites_ * depth_; }
   int64_t width() const { return layers_[0].project.inputs; }
   int64_t joined() const { return layers_[0].join.inputs; }
@@ -126,6 +134,8 @@ class Layers {
     return pass.updates(block, block.layer % depth_ * sites_);
   }
 
+  void vote(int64_t depth, const Tensor& hidden, const Requests& requests, std::vector<float>& logits,
+            Region<Scratch<T>>& region) const;
   void project_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Pass& pass,
                      const Team& team, Scratch<T>& s, Tensor& result) const;
   void finish_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Tensor& attended,
@@ -249,29 +259,26 @@ Tensor Layers<T>::decode(const Tensor& hidden, const std::vector<DecodingDepth>&
   Tensor attended = at::empty({places, shape.num_heads * shape.head_dim}, hidden.options());
   Tensor outputs[2] = {at::empty({places, hidden.size(1)}, hidden.options()),
                        at::empty({places, hidden.size(1)}, hidden.options())};
-  in_one_region<Scratch<T>>([&](const Team& everyone, std::vector<Scratch<T>>& scratch) {
+  in_one_region<Scratch<T>>([&](Region<Scratch<T>>& region) {
     for (size_t t = 0; t < depths.size(); ++t) {
       const DecodingDepth& depth = depths[t];
       const Tensor& input = t == 0 ? hidden : outputs[(t + 1) % 2];
       Tensor& output = outputs[t % 2];
       const int64_t* rows = depth.rows.const_data_ptr<int64_t>();
-      share_blocks(everyone, depth.pass.blocks.size(), scratch, [&](int64_t i, const Team& team, Scratch<T>& s) {
+      region.share_blocks(depth.pass.blocks.size(), [&](int64_t i, const Team& team, Scratch<T>& s) {
         project_block(depth.pass.blocks[i], input, rows, depth.pass, team, s, heads);
       });
-      everyone.share(depth.places() * shape.num_kv_heads, [&](int64_t item) {
+      region.share(depth.places() * shape.num_kv_heads, [&](int64_t item) {
         const int64_t place = item / shape.num_kv_heads;
         attend_cached(shape, positions.of(rows[place]), row(heads, place), depth.template cached<T>(place),
                       item % shape.num_kv_heads, row(attended, place));
       });
-      everyone.barrier();
-      share_blocks(everyone, depth.pass.blocks.size(), scratch, [&](int64_t i, const Team& team, Scratch<T>& s) {
+      region.share_blocks(depth.pass.blocks.size(), [&](int64_t i, const Team& team, Scratch<T>& s) {
         finish_block(depth.pass.blocks[i], input, rows, attended, depth.pass, team, s, output);
       });
-      if (depth.terms.empty()) continue;
-      everyone.share(depth.terms.size(), [&](int64_t i) {
+      region.share(depth.terms.size(), [&](int64_t i) {
         mix_row(row(output, 0), depth.terms[i], 0, hidden.size(1), row(output, i));
       });
-      everyone.barrier();
     }
   });
   return outputs[(depths.size() + 1) % 2].narrow(0, 0, hidden.size(0));

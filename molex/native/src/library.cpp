@@ -113,6 +113,11 @@ TORCH_LIBRARY(molex, m) {
       .def(torch::init<std::vector<at::Tensor>, int64_t>())
       .def("logits", &molex::PackedVocabulary::logits)
       .def("embed", &molex::PackedVocabulary::embed);
+  m.class_<molex::Depths>("Depths")
+      .def(torch::init<c10::intrusive_ptr<molex::PackedLayers>, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                       at::Tensor>())
+      .def("run", &molex::Depths::run)
+      .def("routed_layers", &molex::Depths::routed_layers);
   m.class_<molex::Decoding>("Decoding")
       .def(torch::init<c10::intrusive_ptr<molex::PackedLayers>, int64_t, int64_t, int64_t, int64_t, double, int64_t>())
       .def("add", &molex::Decoding::add)

@@ -18,8 +18,9 @@ struct Rows {
 
 // What a pass hands over beside hidden states.
 struct Pass {
-  Pass(const std::vector<int64_t>& layers, const std::vector<int64_t>& counts, const at::Tensor& runs_,
-       const at::Tensor& factors_, int64_t sites);
+  // Layer calls layers[0] on the first counts[0] rows, and so on.
+  Pass(const std::vector<int64_t>& layers, const std::vector<int64_t>& counts, std::vector<Run> runs,
+       at::Tensor factors, int64_t sites);
 
   BlockUpdates updates(const Rows& block, int64_t first_site) const;
 
@@ -29,9 +30,9 @@ struct Pass {
   int64_t sites;
 };
 
-inline Pass::Pass(const std::vector<int64_t>& layers, const std::vector<int64_t>& counts, const at::Tensor& runs_,
-           const at::Tensor& factors_, int64_t sites_)
-    : factors(factors_), sites(sites_) {
+inline Pass::Pass(const std::vector<int64_t>& layers, const std::vector<int64_t>& counts, std::vector<Run> runs_,
+                  at::Tensor factors_, int64_t sites_)
+    : runs(std::move(runs_)), factors(std::move(factors_)), sites(sites_) {
   int64_t begin = 0;
   for (size_t i = 0; i < layers.size(); ++i) {
     const int64_t rows = counts[i], cuts = (rows + kMaxRows - 1) / kMaxRows;
@@ -39,8 +40,6 @@ inline Pass::Pass(const std::vector<int64_t>& layers, const std::vector<int64_t>
       blocks.push_back({layers[i], begin + rows * cut / cuts, begin + rows * (cut + 1) / cuts});
     begin += rows;
   }
-  auto run = runs_.accessor<int64_t, 2>();
-  for (int64_t i = 0; i < run.size(0); ++i) runs.push_back({run[i][0], run[i][1], run[i][2]});
 }
 
 inline BlockUpdates Pass::updates(const Rows& block, int64_t first_site) const {

@@ -42,29 +42,70 @@ std::vector<Scratch>& kept_scratches() {
   return kept;
 }
 
-// Call work(team, scratches) on all threads at once, each with its place among them. `work` must not throw.
+// The pieces of work of one phase after the other, each taken by whichever thread is free.
+class Turns {
+ public:
+  // Call work(i) for 0 ≤ i < count, on all threads of the region together, and wait until all of it is done.
+  template <class Work>
+  void share(const Team& everyone, int64_t count, int64_t& phase, const Work& work) {
+    std::atomic<int64_t>& next = next_[phase % 2];
+    // Everyone has left the phase before this one, and the one after it begins behind the barrier.
+    if (everyone.rank == 0) next_[(phase + 1) % 2] = 0;
+    for (int64_t i = next++; i < count; i = next++) work(i);
+    everyone.barrier();
+    ++phase;
+  }
+
+ private:
+  std::atomic<int64_t> next_[2] = {0, 0};
+};
+
+// A thread in a region: its place among all of them, their scratches, and how they share work.
+template <class Scratch>
+class Region {
+ public:
+  Region(const Team& everyone, std::vector<Scratch>& scratches, Turns& turns)
+      : everyone(everyone), scratches_(scratches), turns_(turns) {}
+
+  // Call work(i) for 0 ≤ i < count, and wait until all of it is done.
+  template <class Work>
+  void share(int64_t count, const Work& work) {
+    turns_.share(everyone, count, phase_, work);
+  }
+
+  // Call work(block, team, scratch) for each of `count` blocks, and wait for all of them.
+  template <class Work>
+  void share_blocks(int64_t count, const Work& work) {
+    if (count < kBlocksPerThread * everyone.size) {
+      for (int64_t i = 0; i < count; ++i) {
+        work(i, everyone, scratches_[0]);
+        everyone.barrier();
+      }
+    } else {
+      share(count, [&](int64_t i) { work(i, Team{}, scratches_[everyone.rank]); });
+    }
+  }
+
+  const Team everyone;
+
+ private:
+  std::vector<Scratch>& scratches_;
+  Turns& turns_;
+  int64_t phase_ = 0;
+};
+
+// Call work(region) on all threads at once. `work` must not throw.
 template <class Scratch, class Work>
 void in_one_region(const Work& work) {
   std::vector<Scratch>& scratches = kept_scratches<Scratch>();
   const int64_t threads = at::get_num_threads();
+  Turns turns;
 #pragma omp parallel num_threads(threads)
   {
-    work(Team{omp_get_thread_num(), threads}, scratches);
+    Region<Scratch> region(Team{omp_get_thread_num(), threads}, scratches, turns);
+    work(region);
+    // `brgemm` leaves the tiles of AMX set up for its last product, which oneDNN's other products must not find.
     at::native::cpublas::brgemm_release();
-  }
-}
-
-// Inside a region: call work(block, team, scratch) for each of `count` blocks, and wait for all of them.
-template <class Scratch, class Work>
-void share_blocks(const Team& everyone, int64_t count, std::vector<Scratch>& scratches, const Work& work) {
-  if (count < kBlocksPerThread * everyone.size) {
-    for (int64_t i = 0; i < count; ++i) {
-      work(i, everyone, scratches[0]);
-      everyone.barrier();
-    }
-  } else {
-    everyone.share(count, [&](int64_t i) { work(i, Team{}, scratches[everyone.rank]); });
-    everyone.barrier();
   }
 }
 
@@ -72,24 +113,7 @@ void share_blocks(const Team& everyone, int64_t count, std::vector<Scratch>& scr
 // `work` must not throw.
 template <class Scratch, class Work>
 void for_each_block(int64_t count, const Work& work) {
-  const int64_t threads = at::get_num_threads();
-  Scratch* scratch = kept_scratches<Scratch>().data();
-  const bool together = count < kBlocksPerThread * threads;
-  std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t rank = omp_get_thread_num();
-    if (together) {
-      for (int64_t i = 0; i < count; ++i) {
-        work(i, Team{rank, threads}, scratch[0]);
-#pragma omp barrier
-      }
-    } else {
-      for (int64_t i = next++; i < count; i = next++) work(i, Team{}, scratch[rank]);
-    }
-    // `brgemm` leaves the tiles of AMX set up for its last product, which oneDNN's other products must not find.
-    at::native::cpublas::brgemm_release();
-  }
+  in_one_region<Scratch>([&](Region<Scratch>& region) { region.share_blocks(count, work); });
 }
 
 }  // namespace molex
