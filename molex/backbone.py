@@ -33,6 +33,7 @@ from molex.heads import HeadKind
 from molex.layers import Layers, StockLayers, copied
 from molex.native.layers import NativeLayers, release, why_not_natively
 from molex.native.vocabulary import NativeEmbedding, NativeVocabulary
+from molex.native.weights import Bits
 from molex.packing import Indices, Packed
 from molex.stage import Stage
 
@@ -157,25 +158,25 @@ class Backbone:
         """Of all weights, in memory."""
         return self._outside_layers + self.layers.nbytes
 
-    def prepack(self, *, int8: bool = False, routed_int8: bool = False) -> None:
+    def prepack(self, bits: Bits | None = None, routed_bits: Bits | None = None) -> None:
         """Lay the weights of all layers out for inference; no gradients afterwards.
 
         They run on the kernels of `molex/native` where the CPU has what those need, else as in
-        `molex/prepack.py`. With `int8` all layers have weights in 8 bits, with `routed_int8` those of the
+        `molex/prepack.py`. With `bits` all layers have weights in so many, with `routed_bits` those of the
         routed branch, which are a second copy then. Raises BaseModelError where only the kernels could do
         that, and they cannot run.
         """
         stock = self.layers
         if not isinstance(stock, StockLayers):
             return
-        why_not = why_not_natively(stock, self.family, self.config)
+        fewest: Bits | None = 4 if 4 in (bits, routed_bits) else bits or routed_bits
+        why_not = why_not_natively(stock, self.family, self.config, fewest)
         if why_not is None:
-            routed = int8 or routed_int8
-            self.layers = NativeLayers(stock, self.family, self.config, int8=int8, routed_int8=routed)
+            self.layers = NativeLayers(stock, self.family, self.config, bits, routed_bits or bits)
             release(stock.blocks)
             self._pack_vocabulary()
-        elif int8 or routed_int8:
-            raise BaseModelError(f"8-bit weights need the kernels, which {why_not}")
+        elif fewest is not None:
+            raise BaseModelError(f"{fewest}-bit weights need the kernels, which {why_not}")
         else:
             stock.prepack()
 

@@ -24,6 +24,7 @@ from molex.errors import InputError
 from molex.forward import Forward
 from molex.kv_cache import KVCache
 from molex.lora import BatchLora
+from molex.native.weights import Bits
 from molex.passes import Pass, RunOutput, RunStats, joined, uncounted
 from molex.routing import flat_route
 from molex.row import Row, check
@@ -73,12 +74,12 @@ class MolexModel:
         """
         return cls(Backbone.from_pretrained(base, dtype, device, routed_dtype))
 
-    def prepack(self, *, int8: bool = False, routed_int8: bool = False) -> None:
+    def prepack(self, bits: Bits | None = None, routed_bits: Bits | None = None) -> None:
         """Lay the base's weights out for speed where the CPU gains from it; no training afterwards.
 
-        See `Backbone.prepack` for weights in 8 bits.
+        See `Backbone.prepack` for weights in 8 or 4 bits.
         """
-        self.backbone.prepack(int8=int8, routed_int8=routed_int8)
+        self.backbone.prepack(bits, routed_bits)
 
     def warm_up(self, max_rows: int) -> None:
         """Compile the matrix kernels of passes with up to `max_rows` tokens."""

@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 import torch
 
+from molex.native.weights import Bits
 from server.settings import Settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 """What a CPU that multiplies bfloat16 matrices in hardware says of itself: x86's two, and Arm's."""
 
@@ -18,18 +20,18 @@ BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 class Precision:
     """Of a depth's own layer, with all that is not a routed layer, and of routed layers.
 
-    `int8` and `routed_int8` say whose weights have 8 bits; activations are in the precisions above.
+    `bits` and `routed_bits` are those of weights that are rounded; activations are in the precisions above.
     """
 
     own: torch.dtype
     routed: torch.dtype
     reason: str
-    int8: bool = False
-    routed_int8: bool = False
+    bits: Bits | None = None
+    routed_bits: Bits | None = None
 
     def __str__(self) -> str:
-        own = _spelled(self.own, self.int8)
-        routed = _spelled(self.routed, self.int8 or self.routed_int8)
+        own = _spelled(self.own, self.bits)
+        routed = _spelled(self.routed, self.routed_bits or self.bits)
         layers = "" if own == routed else f", routed layers in {routed}"
         return f"{own}{layers} ({self.reason})"
 
@@ -45,12 +47,12 @@ def choose_precision(settings: Settings, flags: dict[str, Any] | None = None) ->
     if name == "mixed":
         return Precision(torch.float32, torch.bfloat16, reason)
     own = DTYPES[fastest if name == "int8" else name]
-    routed = settings.routed_precision
-    if routed in (None, "int8"):
-        return Precision(own, own, reason, int8=name == "int8", routed_int8=routed == "int8")
+    routed, bits = settings.routed_precision, BITS.get(name)
+    if routed is None or routed in BITS:
+        return Precision(own, own, reason, bits, BITS.get(routed or name))
     return Precision(own, DTYPES[routed], reason)
 
 
-def _spelled(dtype: torch.dtype, int8: bool) -> str:
+def _spelled(dtype: torch.dtype, bits: Bits | None) -> str:
     name = str(dtype).removeprefix("torch.")
-    return f"{name} with weights in 8 bits" if int8 else name
+    return name if bits is None else f"{name} with weights in {bits} bits"

@@ -114,8 +114,10 @@ class Settings(CatalogueSettings):
         description="Precision of the base models. int8: weights of layers in 8 bits, all else in bf16 where "
         "the CPU has instructions for it; mixed: fp32 with routed layers in bf16; auto: bf16 or else fp32.",
     )
-    routed_precision: Literal["fp32", "bf16", "int8", "fp64"] | None = Field(
-        None, description="Precision of routed layers alone. Default: that of the others."
+    routed_precision: Literal["fp32", "bf16", "int8", "int4", "fp64"] | None = Field(
+        None,
+        description="Precision of routed layers alone; int8, int4: weights in so many bits. Default: that of "
+        "the others.",
     )
     max_batch_tokens: int = Field(2048, ge=1, le=1_048_576, description="Token budget of one forward pass.")
     max_tenant_tokens: int = Field(
@@ -241,8 +243,8 @@ class Settings(CatalogueSettings):
             raise ValueError("max_sequences must not exceed max_batch_tokens")
         if self.precision == "mixed" and self.routed_precision not in (None, "bf16"):
             raise ValueError("precision mixed has its routed layers in bf16: leave routed_precision out")
-        if self.precision == "int8" and self.routed_precision not in (None, "int8"):
-            raise ValueError("precision int8 has 8-bit weights in all layers: leave routed_precision out")
+        if self.precision == "int8" and self.routed_precision not in (None, "int8", "int4"):
+            raise ValueError("beside precision int8 routed_precision can only be int4")
         return self
 
     def _check_listeners(self) -> None:

@@ -19,7 +19,7 @@ from molex.layers import StockLayers
 from molex.lora import AdaptedLinear, BatchLora, LoraWeights
 from molex.native import build
 from molex.native.votes import elect
-from molex.native.weights import PackedLinear, pack
+from molex.native.weights import Bits, PackedLinear, pack
 from molex.packing import Indices, Packed
 from molex.plan import RoutePlan
 from molex.stage import Stage
@@ -62,18 +62,18 @@ class FactorTable:
 
 
 class NativeLayers:
-    """The layers of a base model with packed weights, in float32, bfloat16 or 8 bits.
+    """The layers of a base model with packed weights, in float32, bfloat16, 8 or 4 bits.
 
     All that is not a product is in the precision of the own layers. What weights in another one multiply is
-    rounded to it first; in 8 bits each row has its own scale. No gradients.
+    rounded to it first, to bytes on a scale of each row where weights have 8 or 4 bits. No gradients.
     """
 
     def __init__(
-        self, stock: StockLayers, family: Family, config: Any, *, int8: bool, routed_int8: bool
+        self, stock: StockLayers, family: Family, config: Any, bits: Bits | None, routed_bits: Bits | None
     ) -> None:
         """Pack the weights of blocks; those of the routed branch once more if they are to differ."""
         blocks, routed = stock.blocks[: stock.num_layers], stock.blocks[-stock.num_layers :]
-        self.first_routed = stock.num_layers if stock.first_routed or routed_int8 != int8 else 0
+        self.first_routed = stock.num_layers if stock.first_routed or routed_bits != bits else 0
         self._places = {name: place for place, name in enumerate(stock.modules)}
         self._family = family
         self.dtype = stock.dtype
@@ -92,20 +92,20 @@ class NativeLayers:
             len(self._places),
         )
         for block in blocks:
-            self._add(block, int8)
+            self._add(block, bits)
         for block in routed if self.first_routed else []:
-            self._add(block, routed_int8)
+            self._add(block, routed_bits)
         self._tables: WeakKeyDictionary[LoraWeights, FactorTable] = WeakKeyDictionary()
         self._factors: tuple[ReferenceType[BatchLora], Tensor] | None = None
 
-    def _add(self, block: Any, int8: bool) -> None:
+    def _add(self, block: Any, bits: Bits | None) -> None:
         family = self._family
         parts = [family.projections, (family.join,), family.up, (family.down,)]
         linears: list[PackedLinear] = []
         for number, names in enumerate(parts):
             modules = [attrgetter(name)(block).base for name in names]
             sites = [self._places[name] for name in names]
-            linears.append(pack(modules, sites, gated=number == 2 and len(names) == 2, int8=int8))
+            linears.append(pack(modules, sites, gated=number == 2 and len(names) == 2, bits=bits))
         norms = [_norm(block.get_submodule(name)) for name in family.norms]
         self.packed.add([linear.tensors for linear in linears], [linear.inputs for linear in linears], norms)
         self.nbytes += sum(linear.nbytes for linear in linears)
@@ -180,8 +180,10 @@ class NativeLayers:
         return self._tables[lora]
 
 
-def why_not_natively(stock: StockLayers, family: Family, config: Any) -> str | None:
-    """Why layers cannot run on the kernels; None where they can."""
+def why_not_natively(stock: StockLayers, family: Family, config: Any, bits: Bits | None) -> str | None:
+    """Why layers cannot run on the kernels, with the fewest bits of any weights; None where they can."""
+    if bits == 4 and not torch.cpu.get_capabilities().get("avx512_vnni"):
+        return "need a CPU with AVX-512's products of bytes (VNNI) for weights in 4 bits"
     if (activation := getattr(config, family.activation)) not in ACTIVATIONS:
         return f"do not know the function {activation}"
     device = next(stock.blocks[0].parameters()).device

@@ -13,7 +13,7 @@ class NativeVocabulary(nn.Module):
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
-        linear = pack([head], [0], gated=False, int8=False)
+        linear = pack([head], [0], gated=False, bits=None)
         self.nbytes = linear.nbytes
         self.packed = torch.classes.molex.Vocabulary(linear.tensors, linear.inputs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,12 @@ from torch import Tensor, nn
 from molex.prepack import weight_and_bias
 
 TILE = 64
-INPUTS_STEP = 4
-"""Rows of all precisions are padded to a whole number of these: 8-bit products take four inputs at a time."""
+INPUTS_STEP = {None: 4, 8: 4, 4: 8}
+"""Rows are padded to a whole number of these, by bits: 8-bit products take four inputs at a time."""
+GROUP = 64
+"""Inputs of an output that share a scale in 4 bits."""
+Bits = Literal[4, 8]
+"""Of weights that are rounded."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +25,13 @@ class PackedLinear:
     """Linear layers with the same input, whose outputs lie side by side, or alternate.
 
     `weights` [tiles, padded inputs, TILE] holds the inputs of a column two by two in bfloat16 and four by
-    four in 8 bits; `bias` is [tiles · TILE]; `scales` [tiles · TILE] is what the 8-bit weights of a column
-    are multiplied by, else empty. A line of `pieces` [n, 6] says of some columns of a tile: the tile, the
-    layer (its place among the modules of a block), the first column in the tile, in the layer's output, how
-    many, and the first column in the joint output.
+    four in 8 bits. In 4 bits it is [tiles, padded inputs / 2, TILE], with four bytes of a column together,
+    whose low halves are the first four of eight inputs. `bias` is [tiles · TILE]; `scales`, [tiles · TILE] in
+    8 bits and [tiles, groups, TILE] in 4, is what the weights of a column are multiplied by, else empty.
+
+    A line of `pieces` [n, 6] says of some columns of a tile: the tile, the layer (its place among the modules
+    of a block), the first column in the tile, in the layer's output, how many, and the first column in the
+    joint output.
     """
 
     weights: Tensor
@@ -51,16 +59,18 @@ class Strip:
     output: int
 
 
-def pack(linears: Sequence[nn.Module], sites: Sequence[int], *, gated: bool, int8: bool) -> PackedLinear:
+def pack(
+    linears: Sequence[nn.Module], sites: Sequence[int], *, gated: bool, bits: Bits | None
+) -> PackedLinear:
     """Pack layers whose places among a block's modules are `sites`.
 
     With `gated` there are two, and each tile has half its columns from either: the kernel multiplies them.
-    With `int8` the weights of an output are rounded to 8 bits, on a scale of its own.
+    With `bits` weights are rounded: to 8 on a scale of each output, to 4 on one for every 64 of its inputs.
     """
     weights, biases = zip(*map(weight_and_bias, linears), strict=True)
     tiles = _gated_tiles(weights, sites) if gated else _tiles(weights, sites)
     outputs, inputs = len(tiles) * TILE, weights[0].shape[1]
-    padded = -(-inputs // INPUTS_STEP) * INPUTS_STEP
+    padded = -(-inputs // INPUTS_STEP[bits]) * INPUTS_STEP[bits]
     weight = weights[0].new_zeros(outputs, padded)
     bias = torch.zeros(outputs)
     pieces = []
@@ -74,10 +84,14 @@ def pack(linears: Sequence[nn.Module], sites: Sequence[int], *, gated: bool, int
             if (given := biases[layer]) is not None:
                 bias[rows] = given[source].float()
             pieces.append([number, strip.site, begin, strip.first, strip.width, strip.output])
-    scales = torch.empty(0)
-    if int8:
-        weight, scales = _rounded(weight)
-    return PackedLinear(_ordered(weight), bias, scales, torch.tensor(pieces), inputs)
+    if bits is None:
+        ordered, scales = _ordered(weight), torch.empty(0)
+    elif bits == 8:
+        rounded, scales = _rounded(weight[:, None], 127)
+        ordered, scales = _ordered(rounded[:, 0]), scales[:, 0]
+    else:
+        ordered, scales = _nibbles(weight)
+    return PackedLinear(ordered, bias, scales, torch.tensor(pieces), inputs)
 
 
 def _tiles(weights: Sequence[Tensor], sites: Sequence[int]) -> list[list[Strip]]:
@@ -98,12 +112,24 @@ def _gated_tiles(weights: Sequence[Tensor], sites: Sequence[int]) -> list[list[S
     ]
 
 
-def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [out, in] in 8 bits, and the scale [out] of each output."""
+def _rounded(weight: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Weights [out, groups, in] as whole numbers up to `largest`, and the scales [out, groups]."""
     wide = weight.float()
-    scales = wide.abs().amax(1) / 127
-    steps = torch.where(scales > 0, scales, 1.0)[:, None]
+    scales = wide.abs().amax(-1) / largest
+    steps = torch.where(scales > 0, scales, 1.0)[..., None]
     return (wide / steps).round().to(torch.int8), scales
+
+
+def _nibbles(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [out, in] in 4 bits [tiles, in / 2, TILE], and the scales [tiles, groups, TILE]."""
+    outputs, inputs = weight.shape
+    groups = -(-inputs // GROUP)
+    padded = nn.functional.pad(weight, (0, groups * GROUP - inputs)).view(outputs, groups, GROUP)
+    rounded, scales = _rounded(padded, 7)
+    halves = (rounded + 8).to(torch.uint8).view(outputs, -1)[:, :inputs].view(-1, TILE, inputs // 8, 2, 4)
+    packed = halves[..., 0, :] | halves[..., 1, :] << 4
+    ordered = packed.transpose(1, 2).reshape(-1, inputs // 2, TILE).contiguous()
+    return ordered, scales.view(-1, TILE, groups).transpose(1, 2).contiguous()
 
 
 def _ordered(weight: Tensor) -> Tensor:

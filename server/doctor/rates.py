@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel
 
 from molex.backbone import Backbone
 from molex.native import build
+from molex.native.weights import Bits
 from molex.stage import Stage
 from server.doctor.finding import Finding
 from server.precision import DTYPES, choose_precision
@@ -51,17 +52,17 @@ def measured_rates() -> Mapping[str, float]:
     rates = {name: layer_rate(dtype) for name, dtype in DTYPES.items()}
     quick = "bf16" if build.why_not(torch.bfloat16, CPU) is None else "fp32"
     if build.why_not(DTYPES[quick], CPU) is None:
-        rates["int8"] = layer_rate(DTYPES[quick], int8=True)
+        rates["int8"] = layer_rate(DTYPES[quick], bits=8)
     return rates
 
 
 @torch.inference_mode()
-def layer_rate(dtype: torch.dtype, *, int8: bool = False) -> float:
+def layer_rate(dtype: torch.dtype, bits: Bits | None = None) -> float:
     """GFLOP/s of the linear layers of a random layer, in a precision, everything else of it included."""
     config = AutoConfig.for_model("roberta", vocab_size=8, **LAYER)
     model = AutoModel.from_config(config, dtype=dtype, add_pooling_layer=False)
     backbone = Backbone(model)
-    backbone.prepack(int8=int8)
+    backbone.prepack(bits)
     stage = Stage.of_the_base(TOKENS, CPU)
     x = torch.randn(TOKENS, LAYER["hidden_size"]).to(dtype)
 

@@ -64,7 +64,9 @@ def assert_same(given, planned, tolerance):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("weights", [{}, {"int8": True}, {"routed_int8": True}], ids=str)
+@pytest.mark.parametrize(
+    "weights", [{}, {"bits": 8}, {"routed_bits": 8}, {"bits": 8, "routed_bits": 4}], ids=str
+)
 @pytest.mark.parametrize("family", ENCODERS)
 @torch.inference_mode()
 def test_encoders_give_the_same_numbers(family, weights, count, base_folder, monkeypatch):

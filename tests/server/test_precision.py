@@ -56,18 +56,23 @@ def test_mixed_contradicts_another_precision_of_routed_layers():
 @pytest.mark.parametrize(
     ("settings", "weights", "words"),
     [
-        ({"precision": "int8"}, (True, False), "bfloat16 with weights in 8 bits (as set)"),
+        ({"precision": "int8"}, (8, 8), "bfloat16 with weights in 8 bits (as set)"),
         (
             {"precision": "fp32", "routed_precision": "int8"},
-            (False, True),
+            (None, 8),
             "float32, routed layers in float32 with weights in 8 bits (as set)",
         ),
-        ({"precision": "bf16"}, (False, False), "bfloat16 (as set)"),
+        (
+            {"precision": "int8", "routed_precision": "int4"},
+            (8, 4),
+            "bfloat16 with weights in 8 bits, routed layers in bfloat16 with weights in 4 bits (as set)",
+        ),
+        ({"precision": "bf16"}, (None, None), "bfloat16 (as set)"),
     ],
 )
-def test_8_bits_are_those_of_weights(settings, weights, words):
+def test_bits_are_those_of_weights(settings, weights, words):
     precision = chosen({"avx512_bf16": True}, **settings)
-    assert (precision.int8, precision.routed_int8) == weights
+    assert (precision.bits, precision.routed_bits) == weights
     assert str(precision) == words
 
 
@@ -76,5 +81,5 @@ def test_8_bits_leave_activations_in_float32_where_the_cpu_has_no_bfloat16():
 
 
 def test_int8_contradicts_another_precision_of_routed_layers():
-    with pytest.raises(ValueError, match="leave routed_precision out"):
+    with pytest.raises(ValueError, match="beside precision int8 routed_precision can only be int4"):
         chosen(precision="int8", routed_precision="bf16")

@@ -11,6 +11,7 @@
 
 #include "elementwise.h"
 #include "low_rank.h"
+#include "nibbles.h"
 #include "team.h"
 
 namespace molex {
@@ -27,8 +28,11 @@ struct Piece {
   int64_t output;  // the same column in what is written
 };
 
-// Of the type of the activations, of the other of float32 and bfloat16, or in 8 bits.
-enum class Weights { kSame, kOther, kInt8 };
+// Of the type of the activations, of the other of float32 and bfloat16, or in 8 or 4 bits.
+enum class Weights { kSame, kOther, kInt8, kInt4 };
+
+// Whether rows are rounded to bytes before they are multiplied.
+inline bool takes_bytes(Weights kind) { return kind == Weights::kInt8 || kind == Weights::kInt4; }
 
 template <class T>
 using Other = std::conditional_t<std::is_same_v<T, float>, at::BFloat16, float>;
@@ -37,12 +41,13 @@ using Other = std::conditional_t<std::is_same_v<T, float>, at::BFloat16, float>;
 struct Linear {
   Linear() = default;
   // `weights` [tiles, padded inputs, kTile] in the order that the kernels read, in bfloat16 two and in 8 bits
-  // four inputs next to each other; `bias` [tiles · kTile]; `scales` [tiles · kTile] in 8 bits, else empty;
-  // `pieces` [n, 6]: the tile, then a Piece.
+  // four inputs next to each other, in 4 bits [tiles, padded inputs / 2, kTile] as in nibbles.h; `bias`
+  // [tiles · kTile]; `scales` [tiles · kTile] in 8 bits, [tiles, groups, kTile] in 4, else empty; `pieces` [n, 6]:
+  // the tile, then a Piece.
   Linear(at::Tensor weights, at::Tensor bias, at::Tensor scales, const at::Tensor& pieces, int64_t inputs);
 
   int64_t tiles() const { return weights.size(0); }
-  int64_t stride() const { return weights.size(1); }
+  int64_t stride() const { return weights.size(1) * (weights.scalar_type() == at::kByte ? 2 : 1); }
   int64_t outputs() const {
     int64_t end = 0;
     for (const auto& tile : pieces)
@@ -54,11 +59,12 @@ struct Linear {
   Weights kind() const {
     const at::ScalarType type = weights.scalar_type();
     if (type == at::kChar) return Weights::kInt8;
+    if (type == at::kByte) return Weights::kInt4;
     return type == c10::CppTypeToScalarType<T>::value ? Weights::kSame : Weights::kOther;
   }
 
   at::Tensor weights, bias, scales;
-  at::Tensor sums;  // of the 8-bit weights of each column [tiles · kTile]
+  at::Tensor sums;  // of the weights of each column [tiles · kTile], in 8 bits without its scale
   std::vector<std::vector<Piece>> pieces;  // of each tile
   std::vector<int64_t> sites;
   int64_t inputs = 0;
@@ -69,6 +75,7 @@ inline Linear::Linear(
     : weights(std::move(weights_)), bias(std::move(bias_)), scales(std::move(scales_)), inputs(inputs_) {
   if (weights.scalar_type() == at::kChar)
     sums = weights.view({tiles(), stride() / 4, kTile, 4}).sum({1, 3}, false, at::kInt).contiguous();
+  if (weights.scalar_type() == at::kByte) sums = nibble_sums(weights, scales);
   pieces.resize(tiles());
   auto given = pieces_.accessor<int64_t, 2>();
   for (int64_t i = 0; i < given.size(0); ++i) {
@@ -77,12 +84,13 @@ inline Linear::Linear(
   }
 }
 
-// Rows of a block on their way through a product. Behind its columns each row has zeros up to `stride`.
+// Rows of a block on their way through a product. Behind its columns each row has zeros up to `stride`, which is
+// the largest that any kind of weights is padded to.
 template <class T>
 struct Operand {
   void resize(int64_t max_rows, int64_t columns_) {
     columns = columns_;
-    stride = (columns + 3) / 4 * 4;
+    stride = (columns + 7) / 8 * 8;
     if (static_cast<int64_t>(values.size()) < max_rows * stride) values.resize(max_rows * stride);
     if (static_cast<int64_t>(others.size()) < max_rows * stride) others.resize(max_rows * stride);
     if (static_cast<int64_t>(bytes.size()) < max_rows * stride) bytes.resize(max_rows * stride);
@@ -93,7 +101,7 @@ struct Operand {
 
   // Row i as weights of that kind multiply it.
   void convert(int64_t i, Weights kind) {
-    if (kind == Weights::kInt8)
+    if (takes_bytes(kind))
       roundings[i] = quantize(row(i), bytes.data() + i * stride, columns);
     else if (kind == Weights::kOther)
       std::copy(row(i), row(i) + stride, others.data() + i * stride);
@@ -110,9 +118,9 @@ struct Operand {
 inline int64_t padded_rows(int64_t rows) { return rows <= 4 ? rows : (rows + 3) / 4 * 4; }
 
 template <class T>
-void wide_product(const Linear& linear, const std::vector<T>& x, int64_t m, int64_t tile, float* c) {
+void wide_product(const Linear& linear, const std::vector<T>& x, int64_t stride, int64_t m, int64_t tile, float* c) {
   const int64_t k = linear.stride();
-  at::native::cpublas::brgemm(m, kTile, k, k, kTile, kTile, false, x.data(),
+  at::native::cpublas::brgemm(m, kTile, k, stride, kTile, kTile, false, x.data(),
                               linear.weights.const_data_ptr<T>() + tile * k * kTile, c,
                               std::is_same_v<T, at::BFloat16>);
 }
@@ -121,8 +129,11 @@ template <class T>
 void tile_product(const Linear& linear, const Operand<T>& x, int64_t rows, int64_t tile, float* c) {
   const int64_t k = linear.stride(), m = padded_rows(rows);
   const Weights kind = linear.kind<T>();
-  if (kind == Weights::kSame) return wide_product(linear, x.values, m, tile, c);
-  if (kind == Weights::kOther) return wide_product(linear, x.others, m, tile, c);
+  if (kind == Weights::kSame) return wide_product(linear, x.values, x.stride, m, tile, c);
+  if (kind == Weights::kOther) return wide_product(linear, x.others, x.stride, m, tile, c);
+  if (kind == Weights::kInt4)
+    return nibble_product(x.bytes.data(), x.stride, x.roundings.data(), rows,
+                          NibbleTile(linear.weights, linear.scales, linear.sums, tile), c);
   auto* sums = reinterpret_cast<int32_t*>(c);
   const auto* w = reinterpret_cast<const signed char*>(linear.weights.const_data_ptr<int8_t>()) + tile * k * kTile;
   at::native::cpublas::brgemm(m, kTile, k, x.stride, kTile, kTile, false, x.bytes.data(), w, sums, true);

@@ -13,7 +13,7 @@ from molex.decoding import Decoding
 from molex.kv_cache import pages_for
 from molex.reference import Reference
 from tests.molex.native.kernels import needs_kernels, threads
-from tests.molex.native.test_layers import TOLERANCE, TOLERANCE_INT8
+from tests.molex.native.test_layers import TOLERANCE, TOLERANCE_BITS
 from tests.tiny import DECODERS, molex_config, random_adapter, random_ids, tiny_base
 
 pytestmark = needs_kernels
@@ -90,11 +90,11 @@ def test_steps_equal_the_full_forward(folder, count):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("weights", [{}, {"routed_int8": True}, {"int8": True}])
+@pytest.mark.parametrize("weights", [{}, {"routed_bits": 8}, {"bits": 8, "routed_bits": 4}])
 def test_steps_equal_those_of_a_pass(folder, dtype, weights):
     """In the same precision; the pages that a step has written are read by a pass afterwards."""
     model = packed(folder, dtype, **weights)
-    tolerance = TOLERANCE_INT8 if weights else TOLERANCE[dtype]
+    tolerance = TOLERANCE_BITS if weights else TOLERANCE[dtype]
     # More rows than a block takes, so that some blocks are whole and threads take them one by one.
     adapters = [generators(model)[i % 5] for i in range(70)]
     running = Generations(model, adapters, [1 + i % 33 for i in range(70)])
