@@ -11,6 +11,7 @@ class ErrorKind(Enum):
 
     INVALID_REQUEST = (400, "invalid_request_error", "invalid_value")
     UNSUPPORTED_PARAMETER = (400, "invalid_request_error", "unsupported_parameter")
+    EMPTY_INPUT = (400, "invalid_request_error", "empty_input")
     CONTEXT_LENGTH = (400, "invalid_request_error", "context_length_exceeded")
     TOO_MANY_INPUTS = (400, "invalid_request_error", "too_many_inputs")
     WRONG_TASK = (400, "invalid_request_error", "wrong_task")

@@ -67,15 +67,15 @@ class VllmClassifyRequest(Body):
 
 
 class TeiPredictRequest(Body):
-    """`POST /predict` of text-embeddings-inference: `"text"`, `["text", "text_pair"]` or `[["text"], …]`."""
+    """`POST /predict` of text-embeddings-inference: `"text"`, `["text", "text_pair"]` or `[["text"], …]`.
+
+    Empty lists get as far as the handler, which refuses them in TEI's own way, as it does empty texts.
+    """
 
     inputs: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=2)]
-        | Annotated[
-            list[Annotated[list[Text], Field(min_length=1, max_length=2)]],
-            Field(min_length=1, max_length=MAX_INPUTS),
-        ]
+        | Annotated[list[Text], Field(max_length=2)]
+        | Annotated[list[Annotated[list[Text], Field(max_length=2)]], Field(max_length=MAX_INPUTS)]
     )
     truncate: bool | None = None
     truncation_direction: Literal["Right", "right"] | None = None
@@ -83,7 +83,7 @@ class TeiPredictRequest(Body):
 
     @property
     def is_batch(self) -> bool:
-        return isinstance(self.inputs, list) and isinstance(self.inputs[0], list)
+        return isinstance(self.inputs, list) and any(isinstance(entry, list) for entry in self.inputs)
 
     @property
     def batch(self) -> list[str | list[str]]:
@@ -95,7 +95,7 @@ class TeiPredictRequest(Body):
 class TeiEmbedRequest(Body):
     """`POST /embed` of text-embeddings-inference."""
 
-    inputs: Text | Texts
+    inputs: Text | Annotated[list[Text], Field(max_length=MAX_INPUTS)]
     truncate: bool | None = None
     truncation_direction: Literal["Right", "right"] | None = None
     normalize: bool = True

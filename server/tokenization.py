@@ -113,7 +113,7 @@ class Tokenization:
     def check(self, token_ids: Sequence[int], param: str, *, reserve: int = 0) -> None:
         """Raises ServiceError where tokens are none, out of range or too many."""
         if not token_ids:
-            raise ServiceError(ErrorKind.INVALID_REQUEST, f"{param} has no tokens", param=param)
+            raise ServiceError(ErrorKind.EMPTY_INPUT, f"{param} has no tokens", param=param)
         self.check_vocabulary(token_ids, param)
         if len(token_ids) + reserve > self.max_length:
             wanted = f" and asks for {reserve} more" if reserve else ""

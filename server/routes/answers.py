@@ -50,7 +50,7 @@ class TeiError(Answer):
     """An error in the shape of text-embeddings-inference."""
 
     error: str
-    error_type: Literal["Backend", "Overloaded", "Unhealthy", "Validation"]
+    error_type: Literal["Backend", "Empty", "Overloaded", "Unhealthy", "Validation"]
 
 
 class V2Error(Answer):

@@ -24,6 +24,7 @@ from server.deps import (
     only,
     only_classifier,
 )
+from server.engine import Engine
 from server.errors import ErrorKind, ServiceError
 from server.routes.access import OPEN, Infer
 from server.routes.answers import TeiError
@@ -34,10 +35,16 @@ from server.schemas import ModelName, TeiEmbedRequest, TeiPredictRequest
 from server.sequence import Sequence
 from server.tokenization import TextOrPair
 
-STATUS = {ErrorKind.CONTEXT_LENGTH: 413, ErrorKind.TOO_MANY_INPUTS: 413, ErrorKind.INTERNAL: 424}
-"""Where TEI answers with another status than we do; 400 becomes 422."""
+STATUS = {
+    ErrorKind.EMPTY_INPUT: 400,
+    ErrorKind.CONTEXT_LENGTH: 413,
+    ErrorKind.TOO_MANY_INPUTS: 413,
+    ErrorKind.INTERNAL: 424,
+}
+"""Where TEI answers with another status than we do; any other 400 becomes 422."""
 TIMES = ("x-total-time", "x-tokenization-time", "x-queue-time", "x-inference-time")
-ERROR_TYPES = {424: "Backend", 429: "Overloaded", 503: "Unhealthy"}
+ERROR_TYPES = {400: "Empty", 424: "Backend", 429: "Overloaded", 503: "Unhealthy", 504: "Backend"}
+"""Of its errors by status; all others are "Validation"."""
 
 
 def _status(kind: ErrorKind) -> int:
@@ -107,10 +114,7 @@ async def predict(
     target: Annotated[Target, Depends(_classifier)],
 ) -> list[Prediction] | list[list[Prediction]]:
     """Score every label of one text, one pair of texts, or a batch of either."""
-    sequences = await run_prompts(
-        engine, target, body.batch, request, response, param="inputs", truncate=bool(body.truncate)
-    )
-    response.headers.update(_compute_headers(body.batch, sequences, response))
+    sequences = await _run(body, request, response, engine, target)
     answers = [_predictions(sequence, raw=body.raw_scores) for sequence in sequences]
     return answers if body.is_batch else answers[0]
 
@@ -125,10 +129,7 @@ async def embed(
     target: Annotated[Target, Depends(_encoder)],
 ) -> list[list[float]]:
     """Embed texts with a bare encoder: mean pooling, scaled to length 1 unless `normalize` is false."""
-    sequences = await run_prompts(
-        engine, target, body.batch, request, response, param="inputs", truncate=bool(body.truncate)
-    )
-    response.headers.update(_compute_headers(body.batch, sequences, response))
+    sequences = await _run(body, request, response, engine, target)
     vectors = [sequence.embedding for sequence in sequences]
     return [normalized(vector) for vector in vectors] if body.normalize else vectors
 
@@ -159,6 +160,24 @@ async def health(engine: EngineDep) -> Response:
     if not engine.ready:
         raise ServiceError(ErrorKind.STOPPING, "not ready")
     return Response()
+
+
+async def _run(
+    body: TeiPredictRequest | TeiEmbedRequest,
+    request: Request,
+    response: Response,
+    engine: Engine,
+    target: Target,
+) -> list[Sequence]:
+    """As `run_prompts`, with TEI's headers. What holds no text is refused, as TEI does."""
+    batch = body.batch
+    if not batch or not all(any(entry) for entry in batch):
+        raise ServiceError(ErrorKind.EMPTY_INPUT, "inputs: cannot be empty", param="inputs")
+    sequences = await run_prompts(
+        engine, target, batch, request, response, param="inputs", truncate=bool(body.truncate)
+    )
+    response.headers.update(_compute_headers(batch, sequences, response))
+    return sequences
 
 
 def _predictions(sequence: Sequence, *, raw: bool) -> list[Prediction]:
