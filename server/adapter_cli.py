@@ -34,6 +34,7 @@ Key = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 Name = Annotated[str, typer.Argument(help="Name of the adapter.")]
+Alias = Annotated[str, typer.Argument(help="Another name of a version, such as prod.")]
 Folder = Annotated[Path, typer.Argument(help=f"Folder with {CONFIG_NAME} and the weights.")]
 LOCAL = "http://127.0.0.1:8000"
 WIDE = 10_000
@@ -92,8 +93,27 @@ def rollback(
     key: Key = None,
 ) -> None:
     """Serve an earlier version again."""
-    chosen = int(version) if version is not None and version.isdecimal() else version
+    chosen = None if version is None else _reference(version)
     _print([_ask(url, key, lambda client: client.rollback_adapter(name, chosen))], as_json)
+
+
+@adapter_app.command()
+def alias(
+    name: Name,
+    alias: Alias,
+    version: Annotated[str, typer.Argument(help="Number, or another alias for what that means now.")],
+    as_json: AsJson = False,
+    url: Url = LOCAL,
+    key: Key = None,
+) -> None:
+    """Let NAME@ALIAS mean a version, whatever it meant before."""
+    _print([_ask(url, key, lambda client: client.set_alias(name, alias, _reference(version)))], as_json)
+
+
+@adapter_app.command()
+def unalias(name: Name, alias: Alias, url: Url = LOCAL, key: Key = None) -> None:
+    """Remove an alias; the version stays."""
+    _ask(url, key, lambda client: client.remove_alias(name, alias))
 
 
 @adapter_app.command("rm")
@@ -137,6 +157,11 @@ def validate(
         typer.echo(json.dumps(found))
     else:
         typer.echo(f"{folder}: a {config.kind} adapter for {config.task_type}, {adapter.digest}")
+
+
+def _reference(version: str) -> int | str:
+    """A version by its number or by an alias, which no number can be."""
+    return int(version) if version.isdecimal() else version
 
 
 def _ask(url: str, key: str | None, work: Callable[[Client], T]) -> T:

@@ -45,6 +45,21 @@ def test_an_adapter_goes_through_its_life(served, adapters_folder):
     assert "life" not in served("list").stdout
 
 
+def test_an_alias_follows_what_it_is_told(served, adapters_folder):
+    for folder in ("mood", "topic"):
+        served("push", adapters_folder / folder, "--name", "aliased", "--base", "enc")
+    told = served("alias", "aliased", "prod", "1")
+    assert told.exit_code == 0, told.output
+    assert told.stdout.splitlines()[1].split()[-1] == "prod=1"
+    copied = json.loads(served("alias", "aliased", "best", "prod", "--json").stdout)
+    moved = json.loads(served("alias", "aliased", "prod", "2", "--json").stdout)
+    assert (copied["aliases"], moved["aliases"]) == ({"prod": 1, "best": 1}, {"prod": 2, "best": 1})
+    assert served("rollback", "aliased", "best").stdout.splitlines()[1].split()[1] == "1"
+    assert served("unalias", "aliased", "prod").output == ""
+    assert json.loads(served("show", "aliased", "--json").stdout)["aliases"] == {"best": 1}
+    served("rm", "aliased")
+
+
 def test_a_name_is_the_folders_unless_it_is_given(served, adapters_folder, tmp_path):
     folder = shutil.copytree(adapters_folder / "topic", tmp_path / "by-folder")
     assert json.loads(served("push", folder, "--json").stdout)["name"] == "by-folder"
@@ -79,6 +94,10 @@ def test_a_push_that_is_not_ready_in_time_says_so(served, adapters_folder, monke
         (["show", "nobody"], "no adapter is named 'nobody'"),
         (["rm", "nobody"], "no adapter is named 'nobody'"),
         (["rollback", "mood"], "mood"),
+        (["alias", "nobody", "prod", "1"], "no adapter is named 'nobody'"),
+        (["alias", "mood", "prod", "7"], "no adapter is named 'mood@7'"),
+        (["alias", "mood", "7", "1"], "alias"),
+        (["unalias", "mood", "prod"], "mood"),
         (["rm", "../keys"], "is no name"),
         (["push", "/no/folder"], "/no/folder/adapter_config.json"),
     ],
