@@ -70,12 +70,19 @@ class AdapterCatalogue:
                 "updated": now,
             }
             await connection.execute(insert(versions).values(row))
+            detail = {"version": row["number"], "source": source}
+            await self._append(connection, actor, "adapter.register", name, detail)
             return await _known(connection, name)
 
     async def mark(self, name: str, number: int, state: State, reason: str | None = None) -> AdapterRecord:
-        """Say how far the load of a version has come."""
-        async with self._catalogue.writing() as connection:
-            await self._change(connection, name, number, {"state": state, "reason": reason})
+        """Say how far the load of a version has come; nothing, where another server has it ready by now."""
+        async with self._changing(name) as (connection, record):
+            version = next((v for v in record.versions if v.number == number and not v.ready), None)
+            if version is not None:
+                await self._change(connection, name, number, {"state": state, "reason": reason})
+                if state is State.FAILED:
+                    detail = {"version": number}
+                    await self._append(connection, version.actor, "adapter.fail", name, detail)
             return await _known(connection, name)
 
     async def finish(self, name: str, number: int, source: str, facts: Facts) -> AdapterRecord:
@@ -89,7 +96,8 @@ class AdapterCatalogue:
             version = next((v for v in record.versions if v.number == number), None)
             if version is None:
                 raise adapter_not_found(name)
-            twin = next((v for v in record.versions if v.ready and v.facts == facts), None)
+            others = (other for other in record.versions if other.ready and other.number != number)
+            twin = next((other for other in others if other.facts == facts), None)
             if twin is None:
                 await _check_count(connection, _tenant(name), (State.READY,))
                 await _check_bytes(connection, _tenant(name), facts.size)

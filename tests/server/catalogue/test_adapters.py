@@ -71,17 +71,22 @@ def test_a_version_goes_from_registered_to_ready(using_adapters, clock):
     version = finished.versions[0]
     assert version.facts == facts("a")
     assert (version.pinned, version.source, version.updated - version.created) == (True, "hf://org/repo@1", 5)
-    assert told == [("adapter.load", {"version": 1, "digest": "sha256:a"})]
+    assert told == [
+        ("adapter.register", {"version": 1, "source": "folder"}),
+        ("adapter.load", {"version": 1, "digest": "sha256:a"}),
+    ]
 
 
 def test_a_failure_says_why_and_is_forgotten_with_the_next_load(using_adapters):
-    async def work(adapters, _):
+    async def work(adapters, catalogue):
         await loaded(adapters, "a")
         await registered(adapters)
         failed = await adapters.mark(NAME, 2, State.FAILED, "no such tensor")
-        return failed, await registered(adapters)
+        told = (await actions(catalogue))[-1]
+        return failed, told, await registered(adapters)
 
-    failed, after = using_adapters(work)
+    failed, told, after = using_adapters(work)
+    assert told == ("adapter.fail", {"version": 2})
     assert (failed.current, failed.newest.state, failed.newest.reason) == (1, "failed", "no such tensor")
     assert [version.number for version in after.versions] == [1, 3]
 
@@ -95,6 +100,17 @@ def test_the_same_files_make_no_second_version(using_adapters):
     record = using_adapters(work)
     assert [(version.number, version.pinned) for version in record.versions] == [(1, True), (2, False)]
     assert record.current == 1
+
+
+def test_a_version_that_two_servers_load_is_ready_with_the_first_and_stays_so(using_adapters):
+    async def work(adapters, _):
+        await loaded(adapters, "a")
+        again = await adapters.finish(NAME, 1, "folder", facts("a"))
+        late = await adapters.mark(NAME, 1, State.FAILED, "the source is down")
+        return again, late
+
+    for record in using_adapters(work):
+        assert (record.current, record.newest.state, record.newest.facts) == (1, "ready", facts("a"))
 
 
 def test_a_rollback_goes_one_version_back_or_to_the_named_one(using_adapters):
