@@ -11,6 +11,7 @@ from fastapi_offline import FastAPIOffline
 
 from server.auth.access import Access
 from server.engine import Engine
+from server.registry.follower import Follower
 from server.registry.loads import Loads
 from server.registry.registry import Registry
 from server.routes import (
@@ -41,7 +42,9 @@ def create_app(engine: Engine, access: Access) -> FastAPI:
         await engine.start()
         await registry.open()
         loads.resume()
-        yield
+        async with access.watching():
+            yield
+        await follower.stop()
         await loads.stop()
         await engine.stop()
         await registry.close()
@@ -49,6 +52,9 @@ def create_app(engine: Engine, access: Access) -> FastAPI:
 
     registry = Registry(engine, access.shared_catalogue)
     loads = Loads(registry)
+    follower = Follower(registry)
+    if access.changes is not None:
+        access.changes.listeners.append(follower.changed)
     # FastAPI itself would have browsers fetch the scripts of /docs from a public server.
     app = FastAPIOffline(
         title="MoLEx serve",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from server.auth.authenticator import Authenticator
 from server.auth.caller import ANYONE, Caller
 from server.auth.quotas import Quotas
 from server.catalogue.catalogue import Catalogue
+from server.catalogue.changes import Changes
 from server.catalogue.records import Scope
 from server.errors import ErrorKind, ServiceError
 from server.settings import Settings
@@ -29,8 +31,11 @@ class Access:
         self.admin_port: int | None = None
         """Where the second listener listens, once it does."""
         self.shared_catalogue = catalogue
+        self.changes = None if catalogue is None else Changes(catalogue)
+        """Of the shared catalogue, by any process."""
         self._authenticator = None if catalogue is None else Authenticator(catalogue)
-        self._watch: asyncio.Task[None] | None = None
+        if self.changes is not None:
+            self.changes.listeners.append(self.changed)
 
     @classmethod
     def load(cls, settings: Settings) -> Access:
@@ -47,18 +52,26 @@ class Access:
 
     async def start(self) -> None:
         """Raises ServiceError (503) where the catalogue cannot be reached."""
-        if self._authenticator is not None:
-            await self._authenticator.start()
+        if self.changes is not None:
+            await self.changes.start()
             now = time.time()
             if not any(key.state(now) == "live" for key in await self.catalogue.keys()):
                 log.warning("no API key is live: every request is refused until `molex key create` makes one")
-            self._watch = asyncio.create_task(self._authenticator.watch())
+
+    @asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        """Hear of changes meanwhile. All who listen are to know by now what there was at the start."""
+        if self.changes is None:
+            yield
+            return
+        watch = asyncio.create_task(self.changes.watch())
+        try:
+            yield
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
 
     async def stop(self) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watch
         if self.shared_catalogue is not None:
             await self.shared_catalogue.close()
 

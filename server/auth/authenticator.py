@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import time
@@ -20,9 +19,6 @@ from server.catalogue.records import ApiKey, Tenant
 from server.errors import ErrorKind, ServiceError
 
 CACHED_KEYS = 4096
-REFRESH_SECONDS = 1.0
-"""How long a key that another process revoked may still be taken here."""
-REFRESH_ENTRIES = 1000
 RECORDED_REFUSALS = RateLimitItemPerMinute(60)
 """Refused keys that reach the audit log; a flood of them must not fill it."""
 _BEARER = re.compile(r"bearer +([^\s]+)", re.IGNORECASE)
@@ -34,8 +30,8 @@ class Authenticator:
     """Knows callers by their keys.
 
     Keys that were used lately are kept in memory, so that a request costs no query and the database may be
-    down for a while. A change of a key or tenant in this process drops them at once; those of other
-    processes are seen in the audit log, which has an entry for each change and is read every second.
+    down for a while. A change of a key or tenant in this process drops them at once; of those of other
+    processes `Changes` tells within a second.
     """
 
     def __init__(self, catalogue: Catalogue, clock: Callable[[], float] = time.time) -> None:
@@ -43,7 +39,6 @@ class Authenticator:
         self._clock = clock
         self._cache: OrderedDict[str, tuple[ApiKey, Tenant]] = OrderedDict()
         self._changes = 0
-        self._seen = 0
         self._refusals = FixedWindowRateLimiter(MemoryStorage())
         self._unrecorded = 0
 
@@ -65,30 +60,6 @@ class Authenticator:
         if (state := key.state(self._clock())) != "live":
             raise await self._refused(key_id, f"{state} key", f"the API key is {state}")
         return Caller(tenant.name, key.id, key.scopes, tenant.quota)
-
-    async def refresh(self) -> None:
-        """Forget the keys that other processes have changed."""
-        while entries := await self._catalogue.entries(self._seen, REFRESH_ENTRIES):
-            for entry in entries:
-                self.forget(entry.subject)
-            self._seen = entries[-1].number
-
-    async def watch(self) -> None:
-        """Refresh until cancelled. While the database is down the keys in memory stay good."""
-        reachable = True
-        while True:
-            try:
-                await self.refresh()
-                reachable = True
-            except ServiceError:
-                if reachable:
-                    log.exception("the catalogue cannot be reached; keys in memory stay good")
-                reachable = False
-            await asyncio.sleep(REFRESH_SECONDS)
-
-    async def start(self) -> None:
-        """Nothing is in memory yet, so that no change before this one matters."""
-        self._seen = await self._catalogue.last_entry()
 
     def forget(self, subject: str) -> None:
         """Drop what changed, `key:ID` or `tenant:NAME`, and let no reading under way bring it back."""

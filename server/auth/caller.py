@@ -22,6 +22,11 @@ class Caller:
     scopes: frozenset[Scope]
     quota: Quota = field(default_factory=Quota)
 
+    @property
+    def actor(self) -> str:
+        """Who acts, as the audit log has it."""
+        return self.key_id or "server"
+
     def names(self, name: str) -> list[str]:
         """The full names of the adapters that `name` may mean to this caller, the first one first."""
         if self.tenant is None:

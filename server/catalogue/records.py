@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 
@@ -145,6 +145,12 @@ class AdapterRecord:
         """The ready version of a number or an alias."""
         number = self.aliases.get(reference) if isinstance(reference, str) else reference
         return next((v for v in self.versions if v.number == number and v.ready), None)
+
+    def having(self, version: Version) -> AdapterRecord:
+        """The same with another state of one of its versions."""
+        return replace(
+            self, versions=tuple(version if v.number == version.number else v for v in self.versions)
+        )
 
     @property
     def previous(self) -> Version | None:

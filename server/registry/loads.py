@@ -14,7 +14,7 @@ from molex.errors import AdapterError
 from server.auth.caller import Caller
 from server.catalogue.records import AdapterRecord, Facts, State, Version
 from server.errors import ErrorKind, ServiceError, adapter_not_found, internal_error
-from server.registry.registry import UPLOAD, Registry, actor
+from server.registry.registry import UPLOAD, Registry
 from server.registry.remote import is_remote
 from server.registry.warm_up import warm_up
 from server.served import tenant_of
@@ -72,9 +72,13 @@ class Loads:
         """Begin the loads again that had not ended when the process before this one did."""
         for record in self._registry.records.values():
             version = record.newest
-            if version is not None and version.under_way:
+            if version is not None and version.under_way and self._can_load(version):
                 request = Request(record.name, version.source, version.base, version.pinned, version.digest)
                 self._start(request, version)
+
+    def _can_load(self, version: Version) -> bool:
+        """Not what was sent to another server, which has the files and begins anew itself."""
+        return version.digest is None or version.digest in self._registry.storage
 
     async def stop(self) -> None:
         """Break off what is under way."""
@@ -107,7 +111,7 @@ class Loads:
             self._registry.remote.check(source, tenant)
         else:
             await self._engine.loader.run(self._engine.adapters.sources.resolve, source, tenant)
-        return await self._begin(request, actor(caller))
+        return await self._begin(request, caller.actor)
 
     async def from_files(
         self, caller: Caller, name: str, files: AdapterFiles, base: str | None, *, pinned: bool
@@ -122,7 +126,7 @@ class Loads:
         try:
             with self._registry.hold(digest):
                 await self._engine.loader.run(self._registry.storage.put, files)
-                return await self._begin(Request(full_name, UPLOAD, base, pinned, digest), actor(caller))
+                return await self._begin(Request(full_name, UPLOAD, base, pinned, digest), caller.actor)
         except ServiceError:
             await self._registry.collect()
             raise
@@ -191,10 +195,10 @@ class Loads:
             await self._engine.loader.run(registry.storage.put, files)
             async with registry.changing:
                 facts = _facts(base, adapter, files)
-                if not _is_kept(registry.records[request.name], facts):
+                if not _is_kept(registry.records.get(request.name), facts):
                     store.check_count()
                 record = await registry.catalogue.finish(request.name, version.number, source, facts)
-                served = registry.publish(record)
+                served = registry.publish(record, loaded=True)
         if served is not None:
             store.keep(served, adapter)
             store.count_load(served)
@@ -229,8 +233,7 @@ class Loads:
 
     def _note(self, name: str, version: Version) -> None:
         if record := self._registry.records.get(name):
-            versions = tuple(version if v.number == version.number else v for v in record.versions)
-            self._registry.records[name] = replace(record, versions=versions)
+            self._registry.records[name] = record.having(version)
 
 
 def _facts(base: str, adapter: Adapter, files: AdapterFiles) -> Facts:
@@ -245,5 +248,5 @@ def _facts(base: str, adapter: Adapter, files: AdapterFiles) -> Facts:
     )
 
 
-def _is_kept(record: AdapterRecord, facts: Facts) -> bool:
-    return any(version.facts == facts for version in record.versions)
+def _is_kept(record: AdapterRecord | None, facts: Facts) -> bool:
+    return record is not None and any(version.facts == facts for version in record.versions)

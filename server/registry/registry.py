@@ -17,11 +17,12 @@ from server.auth.caller import Caller
 from server.catalogue.adapters import AdapterCatalogue
 from server.catalogue.catalogue import Catalogue
 from server.catalogue.database import migrate
-from server.catalogue.records import AdapterRecord, State, Version
+from server.catalogue.records import AdapterRecord, Version
 from server.catalogue.url import parse_url
 from server.engine import Engine
 from server.errors import ErrorKind, ServiceError, adapter_not_found
 from server.pool import Pool
+from server.registry.files import fetchable, needed
 from server.registry.remote import Remote, is_remote
 from server.registry.storage import Storage
 from server.served import ServedAdapter, tenant_of
@@ -45,6 +46,8 @@ class Registry:
         self.storage = Storage(settings.storage, settings.max_storage_bytes)
         self.remote = Remote(settings.sources, settings.max_adapter_bytes)
         self.records: dict[str, AdapterRecord] = {}
+        self.unserved: dict[str, Version] = {}
+        """As failed, versions that are current because other servers could load them."""
         self.changing = asyncio.Lock()
         """Held from a change of the catalogue until `records` has it."""
         self._shared = catalogue
@@ -63,7 +66,7 @@ class Registry:
             self._own = Catalogue(url, pepper="")
         for record in await self.catalogue.all():
             self.publish(record, validated=False)
-        self.storage.keep_only(self._digests())
+        self.storage.keep_only(self._needed())
         self.storage.evictable = self._evictable
         await self._warm_memory()
 
@@ -96,6 +99,11 @@ class Registry:
                 return full_name
         raise adapter_not_found(name)
 
+    def seen(self, name: str) -> AdapterRecord | None:
+        """An adapter as the catalogue has it, but for a version that this server alone cannot load."""
+        record, version = self.records.get(name), self.unserved.get(name)
+        return record if record is None or version is None else record.having(version)
+
     def own(self, caller: Caller, name: str) -> str:
         """The full name of an adapter of the caller's own, which is there. Raises ServiceError."""
         full_name = caller.own_name(name)
@@ -115,25 +123,25 @@ class Registry:
         number = self._previous(full_name) if reference is None else self._number(full_name, reference)
         served = self.engine.adapters.get(f"{full_name}@{number}")
         await asyncio.shield(self.engine.loader.begin(served))
-        await self.change(self.catalogue.rollback(full_name, number, actor=actor(caller)))
+        await self.change(self.catalogue.rollback(full_name, number, actor=caller.actor), loaded=True)
         return full_name
 
     async def set_alias(self, caller: Caller, name: str, alias: str, reference: int | str) -> str:
         """Let an alias name a version; returns the full name of the adapter. Raises ServiceError."""
         full_name = self.own(caller, name)
         number = self._number(full_name, reference)
-        await self.change(self.catalogue.set_alias(full_name, alias, number, actor=actor(caller)))
+        await self.change(self.catalogue.set_alias(full_name, alias, number, actor=caller.actor))
         return full_name
 
     async def remove_alias(self, caller: Caller, name: str, alias: str) -> None:
         full_name = self.own(caller, name)
-        await self.change(self.catalogue.remove_alias(full_name, alias, actor=actor(caller)))
+        await self.change(self.catalogue.remove_alias(full_name, alias, actor=caller.actor))
 
     async def remove_version(self, caller: Caller, name: str, number: int) -> None:
         """Forget a version; requests in flight finish. Raises ServiceError (409) where it is in use."""
         full_name = self.own(caller, name)
         served = self.engine.adapters.find(f"{full_name}@{number}")
-        await self.change(self.catalogue.remove_version(full_name, number, actor=actor(caller)))
+        await self.change(self.catalogue.remove_version(full_name, number, actor=caller.actor))
         await self.collect(set() if served is None else {served})
 
     async def remove(self, caller: Caller, name: str) -> None:
@@ -142,33 +150,53 @@ class Registry:
         leaving = self.engine.adapters.versions(full_name)
         async with self.changing:
             if full_name in self.records:
-                await self.catalogue.remove(full_name, actor=actor(caller))
-                del self.records[full_name]
-            if leaving:
-                self.engine.adapters.remove(full_name)
+                await self.catalogue.remove(full_name, actor=caller.actor)
+            self.forget(full_name)
         await self.collect(leaving)
 
-    async def change(self, change: Coroutine[Any, Any, AdapterRecord | None]) -> None:
+    def forget(self, name: str) -> None:
+        """Serve no version of an adapter any more."""
+        self.records.pop(name, None)
+        self.unserved.pop(name, None)
+        if name in self.engine.adapters:
+            self.engine.adapters.remove(name)
+
+    async def change(
+        self, change: Coroutine[Any, Any, AdapterRecord | None], *, loaded: bool = False
+    ) -> None:
         """Carry out a change of the catalogue, or look what it says, and serve accordingly."""
         try:
             async with self.changing:
                 if (record := await change) is not None:
-                    self.publish(record)
+                    self.publish(record, loaded=loaded)
         finally:
             change.close()  # Where this was cancelled before its turn came.
 
-    def publish(self, record: AdapterRecord, *, validated: bool = True) -> ServedAdapter | None:
-        """Serve an adapter as the catalogue has it; returns its current version, if it can be served."""
+    def publish(
+        self, record: AdapterRecord, *, loaded: bool = False, validated: bool = True
+    ) -> ServedAdapter | None:
+        """Serve an adapter as the catalogue has it; returns the version that its name means, if there is one.
+
+        That is the current one where its weights are `loaded` or nothing else is kept that serves: another
+        server may have made it current, and what it has loaded need not be there for this one.
+        """
         self.records[record.name] = record
         references: dict[str, ServedAdapter] = {}
         for version in record.versions:
-            served = self._served(record, version, validated=validated)
+            served = self.served(record, version, validated=validated)
             if served is not None:
                 names = [alias for alias, number in record.aliases.items() if number == version.number]
                 references |= dict.fromkeys((str(version.number), *names), served)
+        before = self.engine.adapters.find(record.name)
         current = references.get(str(record.current))
+        if loaded:
+            self.unserved.pop(record.name, None)
+        elif before is not None:
+            current = references.get(str(before.version), current)
         if current is not None:
             self.engine.adapters.publish(current, references)
+        elif before is not None and before.version:
+            self.engine.adapters.remove(record.name)
         return current
 
     @contextmanager
@@ -184,7 +212,7 @@ class Registry:
     async def collect(self, leaving: Set[ServedAdapter] = frozenset()) -> None:
         """Remove files that no version names any more, once loads that began have ended."""
         await self.engine.loader.settled(leaving)
-        for digest in self.storage.digests() - self._digests():
+        for digest in self.storage.digests() - self._needed():
             await self.engine.loader.run(self.storage.remove, digest)
 
     async def fetch(self, uri: str) -> tuple[AdapterFiles, str]:
@@ -220,7 +248,7 @@ class Registry:
             raise adapter_not_found(f"{full_name}@{reference}")
         return version.number
 
-    def _served(self, record: AdapterRecord, version: Version, *, validated: bool) -> ServedAdapter | None:
+    def served(self, record: AdapterRecord, version: Version, *, validated: bool) -> ServedAdapter | None:
         """A ready version as requests find it; None on a base that this server has not."""
         facts = version.facts
         if facts is None or facts.base not in self.engine.bases:
@@ -250,20 +278,13 @@ class Registry:
             created=version.created,
         )
 
-    def _digests(self) -> set[str]:
-        """Of the files that are needed, or about to be."""
-        kept = (v for record in self.records.values() for v in record.versions if v.state != State.FAILED)
-        return {version.digest for version in kept if version.digest} | set(self._held)
+    def _needed(self) -> set[str]:
+        """Digests of the files that are needed, or about to be."""
+        return needed(self.records.values()) | set(self._held)
 
     def _evictable(self) -> set[str]:
-        """Digests of the files that can be fetched again. Called from any thread."""
-        remote: set[str] = set()
-        local = set(self._held.copy())
-        for record in self.records.copy().values():
-            for version in record.versions:
-                if version.digest and version.state != State.FAILED:
-                    (remote if version.ready and is_remote(version.source) else local).add(version.digest)
-        return remote - local
+        """Called from any thread."""
+        return fetchable(self.records.copy().values(), self._held.copy())
 
     async def _warm_memory(self) -> None:
         """Read current versions from the disk into memory, as long as there is room."""
@@ -277,8 +298,3 @@ class Registry:
                 continue
             if not self.engine.adapters.keep(served, adapter, evict=False):
                 return
-
-
-def actor(caller: Caller) -> str:
-    """Who acts, as the audit log has it."""
-    return caller.key_id or "server"

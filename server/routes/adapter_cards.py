@@ -34,6 +34,9 @@ class VersionCard(BaseModel):
 class AdapterCard(BaseModel):
     """An adapter. `state` is that of its newest load, and `reason` why it failed.
 
+    Of several servers with one catalogue, each says so of a version too that another one has loaded and that
+    it cannot serve itself.
+
     `version` is the current one, which its name means and which serves; what follows it, down to `created`,
     is of that version, or null while there is none. Version 0 is a folder of the operator's, read in place.
     `source` is as its loader named it, `upload` for files that were sent. `bytes` is what its weights take in
@@ -69,7 +72,7 @@ class AdapterList(BaseModel):
 
 def adapter_card(registry: Registry, full_name: str) -> AdapterCard:
     """Raises ServiceError (404) where the adapter has gone in the meantime."""
-    record = registry.records.get(full_name)
+    record = registry.seen(full_name)
     served = registry.engine.adapters.find(full_name)
     newest = None if record is None else record.newest
     if newest is None and served is None:

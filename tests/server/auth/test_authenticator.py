@@ -9,6 +9,7 @@ import pytest
 
 from server.auth.authenticator import CACHED_KEYS, RECORDED_REFUSALS, Authenticator
 from server.catalogue.catalogue import Catalogue
+from server.catalogue.changes import Changes
 from server.catalogue.records import Quota, Scope
 from server.errors import ErrorKind, ServiceError
 from tests.server.conftest import PEPPER
@@ -27,7 +28,6 @@ def scene(url, clock):
             try:
                 await catalogue.set_tenant("acme", {"concurrency": 2}, actor="test")
                 authenticator = Authenticator(catalogue, clock)
-                await authenticator.start()
                 return await work(catalogue, authenticator)
             finally:
                 await catalogue.close()
@@ -126,21 +126,24 @@ def test_a_revocation_elsewhere_counts_after_a_refresh(scene, url, clock):
     async def work(catalogue, authenticator):
         key, token = await catalogue.create_key("acme", INFER, actor="test")
         await authenticator.identify(f"Bearer {token}")
+        changes = Changes(catalogue)
+        changes.listeners.append(authenticator.forget)
+        await changes.start()
         elsewhere = Catalogue(url, PEPPER, clock)
         await elsewhere.revoke(key.id, actor="test")
         await elsewhere.close()
-        await authenticator.refresh()
+        await changes.refresh()
         return await refusal(authenticator, f"Bearer {token}")
 
     assert scene(work).message == "the API key is revoked"
 
 
-def test_a_changed_limit_counts_after_a_refresh(scene):
+def test_a_changed_limit_counts_once_the_tenant_is_forgotten(scene):
     async def work(catalogue, authenticator):
         _, token = await catalogue.create_key("acme", INFER, actor="test")
         await authenticator.identify(f"Bearer {token}")
         await catalogue.set_tenant("acme", {"concurrency": 9}, actor="test")
-        await authenticator.refresh()
+        authenticator.forget("tenant:acme")
         return await authenticator.identify(f"Bearer {token}")
 
     assert scene(work).quota.concurrency == 9
@@ -171,7 +174,7 @@ def test_while_the_database_is_down_known_keys_stay_good(scene, monkeypatch):
         _, unknown = await catalogue.create_key("acme", INFER, actor="test")
         await authenticator.identify(f"Bearer {known}")
         down = Catalogue(catalogue._engine.url.set(drivername="postgresql", host="127.0.0.1", port=1), PEPPER)
-        for name in ("find_key", "record", "entries"):
+        for name in ("find_key", "record"):
             monkeypatch.setattr(catalogue, name, getattr(down, name))
         caller = await authenticator.identify(f"Bearer {known}")
         wrong = await refusal(authenticator, f"Bearer {known[:-4]}zzzz")
