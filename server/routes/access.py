@@ -76,15 +76,13 @@ async def _may_infer(
 ) -> Caller:
     """A caller of the models, until when its request has to be done: `request.state.deadline`.
 
-    Raises ServiceError: 503 while the server shuts down, 400 where the header asks for too much time.
+    The header says how long the client waits, which the server need not make use of. Raises ServiceError
+    (503) while the server shuts down.
     """
     if engine.draining:
         raise stopping_error()
     limit = engine.settings.max_request_seconds
-    if timeout is not None and timeout > limit:
-        message = f"{TIMEOUT_HEADER}: {timeout:g} seconds; the limit is {limit}"
-        raise ServiceError(ErrorKind.INVALID_REQUEST, message, param=TIMEOUT_HEADER)
-    request.state.deadline = request.state.begun + (timeout or limit)
+    request.state.deadline = request.state.begun + min(timeout or limit, limit)
     return caller
 
 
