@@ -35,6 +35,9 @@ Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 LONGEST_WAIT = 300
 """Seconds that the server waits for a load before it answers."""
+DEADLINE_HEADER = "x-request-timeout"
+LONGEST_DEADLINE = 86_400
+"""Seconds: the server takes no number above."""
 FIRST_LOOK, RAREST_LOOK = 0.2, 5.0
 """Seconds between two looks at a load, which double from the first to the last of these."""
 
@@ -58,16 +61,16 @@ class Api:
         `return_routes` asks for the layers that each mixed depth chose.
         """
         body = {"model": model, "input": inputs, "return_routes": return_routes}
-        return await self._read(Classifications, "POST", "/v1/classify", json=body)
+        return await self._run(Classifications, "/v1/classify", body)
 
     async def embed(self, model: str, inputs: str | Sequence[str]) -> Embeddings:
         """Embed a text or several with a bare encoder: vectors of length 1."""
-        return await self._read(Embeddings, "POST", "/v1/embeddings", json={"model": model, "input": inputs})
+        return await self._run(Embeddings, "/v1/embeddings", {"model": model, "input": inputs})
 
     async def complete(self, model: str, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Completion:
         """Continue one or more prompts with an adapter or a bare decoder."""
         body = {"model": model, "prompt": prompt, **options}
-        return await self._read(Completion, "POST", "/v1/completions", json=body)
+        return await self._run(Completion, "/v1/completions", body)
 
     async def stream_completion(
         self, model: str, prompt: Prompt, **options: Unpack[CompletionOptions]
@@ -81,7 +84,7 @@ class Api:
     ) -> ChatCompletion:
         """Answer a conversation with an adapter or a bare decoder."""
         body = {"model": model, "messages": messages, **options}
-        return await self._read(ChatCompletion, "POST", "/v1/chat/completions", json=body)
+        return await self._run(ChatCompletion, "/v1/chat/completions", body)
 
     async def stream_chat(
         self, model: str, messages: Sequence[Message], **options: Unpack[ChatOptions]
@@ -202,6 +205,14 @@ class Api:
         if isinstance(outcome, ApiError) and outcome.status == 503:
             return False
         raise outcome
+
+    async def _run(self, kind: type[T], path: str, body: Mapping[str, object]) -> T:
+        """Have a model run. The server stops when this client gives up, even where a proxy lies between.
+
+        A stream has no such limit: it may last as long as its pieces come in time.
+        """
+        headers = {DEADLINE_HEADER: str(min(self._timeout, LONGEST_DEADLINE))}
+        return await self._read(kind, "POST", path, json=body, headers=headers)
 
     async def _read(self, kind: type[T], method: str, path: str, **content: Any) -> T:
         response = await self._send(method, path, **content)

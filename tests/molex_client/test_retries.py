@@ -90,6 +90,25 @@ def test_a_timeout_is_final(call, script, pauses):
     assert pauses == []
 
 
+@pytest.mark.parametrize("method", ["classify", "embed", "complete"])
+@pytest.mark.parametrize(("timeout", "told"), [(0.5, "0.5"), (60, "60"), (1e6, "86400")])
+def test_the_server_is_told_when_the_client_gives_up(call, script, method, timeout, told):
+    script.answers = [answer(400, BUSY), answer(400, BUSY)]
+    with pytest.raises(ApiError):
+        call(script.url, method, "m", "w1", options={"timeout": timeout})
+    with pytest.raises(ApiError):
+        call(script.url, "chat", "m", [], options={"timeout": timeout})
+    assert all(f"x-request-timeout: {told}\r\n" in head for head in script.heads)
+
+
+@pytest.mark.parametrize("method", ["stream_completion", "stream_chat"])
+def test_a_stream_may_last(call, script, method):
+    script.answers = [answer(400, BUSY)]
+    with pytest.raises(ApiError):
+        call(script.url, method, "m", [])
+    assert "x-request-timeout" not in script.heads[0]
+
+
 def test_a_server_that_is_not_there_is_tried_again(call, script, pauses):
     with pytest.raises(ConnectionFailedError) as caught:
         call("http://127.0.0.1:1", "rollback_adapter", "sst2")
