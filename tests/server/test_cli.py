@@ -15,7 +15,8 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from server.cli import app
+from server.auth.access import Access
+from server.cli import Server, app
 from server.settings import Settings
 
 COMMAND = [sys.executable, "-c", "from server.cli import app; app()"]
@@ -85,6 +86,17 @@ def test_it_stops_at_once_when_idle_although_clients_keep_their_connections(base
         child.send_signal(signal.SIGTERM)
         child.communicate(timeout=60)
     assert child.returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_makes_it_unready_at_once(start, settings, number):
+    live = start(settings)
+    server = Server(live.engine, Access(), {})
+    assert live.http.get("/readyz").status_code == 200
+    server.handle_exit(number, None)
+    assert live.http.get("/readyz").status_code == 503
+    assert live.classify(model="mood", input="w1").status_code == 503
+    assert server.should_exit
 
 
 def test_what_is_not_done_within_the_grace_is_cut_off(bases, adapters_folder):

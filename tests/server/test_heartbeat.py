@@ -9,6 +9,7 @@ import sys
 import httpx
 
 from server.heartbeat import BUSY_PATIENCE, BUSY_SECONDS, LOOK_SECONDS, LOST_SECONDS, Heartbeat
+from server.settings import Settings
 from tests.server.looks import LONG, idle
 
 BROKEN = """
@@ -33,6 +34,14 @@ def test_it_is_stuck_after_standing_still_and_lost_long_after():
     assert not target.lost
     look(target, 7, LOST_SECONDS)
     assert target.lost
+
+
+def test_it_is_stuck_within_five_seconds_by_default():
+    """The last progress may come just after a look."""
+    patience = Settings(bases=["a=/x"]).max_stall_seconds
+    target = Heartbeat(patience)
+    look(target, 7, 5 - LOOK_SECONDS)
+    assert target.stuck
 
 
 def test_any_progress_is_a_new_start():

@@ -97,6 +97,28 @@ def test_what_the_clients_counted_is_what_the_server_counted(live, threads, brak
     assert ended['molex_request_seconds_count{route="/v1/classify",stage="forward"}'] == sent[200]
 
 
+def test_names_that_callers_make_up_add_no_series(live):
+    def ask(number: int) -> None:
+        name = f"x{number}"
+        live.classify(model=name, input="w1")
+        live.post(f"/tei/{name}/predict", {"inputs": "w1"})
+        live.post(f"/v2/models/{name}/infer", {"inputs": []})
+        live.http.get(f"/v1/adapters/{name}?wait={name}", headers={name: name})
+        live.http.get(f"/{name}/{name}")
+        live.http.request(f"X{number}", "/v1/classify")
+        assert [live.load(name, source).status_code for source in (name, "topic")] == [400, 201]
+        assert live.load(name, "topic", base=name).status_code == 400
+        assert live.classify(model=name, input="w1").status_code == 200
+        assert live.unload(name).status_code == 204
+
+    live.metrics()
+    ask(0)
+    before = live.metrics()
+    for number in range(1, 6):
+        ask(number)
+    assert live.metrics().keys() == before.keys()
+
+
 def test_a_classification_is_counted_in_tokens_adapters_and_routes(live):
     answers = []
     change = changes(

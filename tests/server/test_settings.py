@@ -66,6 +66,11 @@ def test_beyond_this_machine_keys_are_needed_or_a_word(host):
     assert Settings(bases=["a=/x"], host=host, database="sqlite:///c.db", pepper="p" * 32).host == host
 
 
+def test_both_listeners_are_on_this_machine_unless_told_otherwise():
+    settings = Settings(bases=["a=/x"])
+    assert settings.host == settings.admin_host == "127.0.0.1"
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
 def test_on_this_machine_no_keys_are_needed(host):
     assert Settings(bases=["a=/x"], host=host).catalogue is None

@@ -24,6 +24,13 @@ def test_the_digest_is_hmac_sha_256_under_the_pepper():
     assert not matches("t", "other", digest("t", "p"))
 
 
+def test_secrets_are_compared_in_constant_time(monkeypatch):
+    compared = []
+    monkeypatch.setattr("hmac.compare_digest", lambda *pair: compared.append(pair) or False)
+    assert not matches("t", "p", digest("t", "p"))
+    assert compared == [(digest("t", "p"),) * 2]
+
+
 @pytest.mark.parametrize("change", [str.upper, lambda t: t + "x", lambda t: t[:-1], lambda t: " " + t])
 def test_a_changed_token_is_no_token(change):
     assert key_id_of(change(new_token()[1])) is None

@@ -16,6 +16,8 @@ def test_bases_and_adapters_are_listed_with_their_parents(live):
         "topic": "enc",
         "writer": "dec",
     }
+    # As in vLLM: where the weights are from.
+    assert all(model.root == name for name, model in models.items())
     assert {(m.kind, m.task) for m in models.values()} == {
         ("base", None),
         ("base", "CAUSAL_LM"),

@@ -8,6 +8,7 @@ import json
 import httpx
 import pytest
 
+from scripts.api_page import document
 from server.catalogue.catalogue import Catalogue
 from server.catalogue.url import parse_url
 from tests.server.conftest import PEPPER
@@ -37,35 +38,52 @@ def test_a_short_name_is_ones_own_before_the_shared_one(acme, other):
     assert again["adapter_digest"] == shared["adapter_digest"]
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "body"),
-    [
-        ("POST", "/v1/classify", {"model": "NAME", "input": "w1"}),
-        ("POST", "/v1/completions", {"model": "NAME", "prompt": "w1"}),
-        ("POST", "/v1/chat/completions", {"model": "NAME", "messages": [{"role": "user", "content": "w1"}]}),
-        ("POST", "/v1/embeddings", {"model": "NAME", "input": "w1"}),
-        ("POST", "/tei/NAME/predict", {"inputs": "w1"}),
-        ("POST", "/predict?model=NAME", {"inputs": "w1"}),
-        ("GET", "/tei/NAME/info", None),
-        ("POST", "/classify", {"model": "NAME", "input": "w1"}),
-        ("POST", "/tokenize", {"model": "NAME", "prompt": "w1"}),
-        ("POST", "/detokenize", {"model": "NAME", "tokens": [1]}),
-        ("GET", "/v2/models/NAME", None),
-        ("GET", "/v2/models/NAME/ready", None),
-        ("GET", "/v2/models/NAME/versions/1", None),
-        ("GET", "/v2/models/NAME/versions/1/ready", None),
-        ("POST", "/v2/models/NAME/infer", {"inputs": []}),
-        ("POST", "/v2/models/NAME/versions/1/infer", {"inputs": []}),
-        ("POST", "/v2/repository/models/NAME/load", {"parameters": {"source": "secret"}}),
-        ("POST", "/v2/repository/models/NAME/unload", {}),
-        ("GET", "/v1/models/NAME", None),
-        ("GET", "/v1/adapters/NAME", None),
-        ("DELETE", "/v1/adapters/NAME", None),
-        ("PUT", "/v1/adapters/NAME", {"source": "secret"}),
-        ("POST", "/v1/unload_lora_adapter", {"lora_name": "NAME"}),
-        ("POST", "/v1/load_lora_adapter", {"lora_name": "NAME", "lora_path": "secret"}),
-    ],
-)
+NAMING = [
+    ("POST", "/v1/classify", {"model": "NAME", "input": "w1"}),
+    ("POST", "/v1/completions", {"model": "NAME", "prompt": "w1"}),
+    ("POST", "/v1/chat/completions", {"model": "NAME", "messages": [{"role": "user", "content": "w1"}]}),
+    ("POST", "/v1/embeddings", {"model": "NAME", "input": "w1"}),
+    ("POST", "/tei/NAME/predict", {"inputs": "w1"}),
+    ("POST", "/predict?model=NAME", {"inputs": "w1"}),
+    ("GET", "/tei/NAME/info", None),
+    ("POST", "/classify", {"model": "NAME", "input": "w1"}),
+    ("POST", "/tokenize", {"model": "NAME", "prompt": "w1"}),
+    ("POST", "/detokenize", {"model": "NAME", "tokens": [1]}),
+    ("GET", "/v2/models/NAME", None),
+    ("GET", "/v2/models/NAME/ready", None),
+    ("GET", "/v2/models/NAME/versions/1", None),
+    ("GET", "/v2/models/NAME/versions/1/ready", None),
+    ("POST", "/v2/models/NAME/infer", {"inputs": []}),
+    ("POST", "/v2/models/NAME/versions/1/infer", {"inputs": []}),
+    ("POST", "/v2/repository/models/NAME/load", {"parameters": {"source": "secret"}}),
+    ("POST", "/v2/repository/models/NAME/unload", {}),
+    ("GET", "/v1/models/NAME", None),
+    ("GET", "/v1/adapters/NAME", None),
+    ("DELETE", "/v1/adapters/NAME", None),
+    ("PUT", "/v1/adapters/NAME", {"source": "secret"}),
+    ("POST", "/v1/unload_lora_adapter", {"lora_name": "NAME"}),
+    ("POST", "/v1/load_lora_adapter", {"lora_name": "NAME", "lora_path": "secret"}),
+    ("POST", "/tei/NAME/embed", {"inputs": "w1"}),
+    ("POST", "/v1/adapters/NAME/rollback", {}),
+    ("PUT", "/v1/adapters/NAME/aliases/prod", {"version": 1}),
+    ("DELETE", "/v1/adapters/NAME/aliases/prod", None),
+    ("DELETE", "/v1/adapters/NAME/versions/1", None),
+]
+"""Requests of every route that names an adapter."""
+
+
+def test_the_walk_covers_every_route_with_a_name_in_its_path():
+    meanings = {"{name}": "NAME", "{model}": "NAME", "{alias}": "prod", "{number}": "1", "{version}": "1"}
+    paths = document()["paths"]
+    for unnamed in ("/v1/tenants/{name}", "/v1/keys/{key_id}", "/tei/{model}/health"):
+        del paths[unnamed]
+    named = {(method.upper(), path) for path, item in paths.items() for method in item if "{" in path}
+    for field, meaning in meanings.items():
+        named = {(method, path.replace(field, meaning)) for method, path in named}
+    assert named <= {(method, path) for method, path, _ in NAMING}
+
+
+@pytest.mark.parametrize(("method", "path", "body"), NAMING)
 def test_a_foreign_adapter_and_a_missing_one_look_the_same(acme, other, method, path, body):
     def ask(name: str) -> tuple[int, str, set[str]]:
         content = None if body is None else json.dumps(body).replace("NAME", name)
