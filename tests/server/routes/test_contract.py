@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from scripts.api_page import document
+from server.routes.access import TIMEOUT_HEADER
 from tests.server.routes.test_access import OPEN
 
 CONFORMANCE = [
@@ -46,6 +48,14 @@ def naming(case: Case, model: str) -> bool:
     return bool(named)
 
 
+def wait_for_answers(case: Case) -> None:
+    """Leave out timeouts that are over before any answer, which is rightly 504."""
+    for name, value in (case.headers or {}).items():
+        with suppress(ValueError):
+            if name == TIMEOUT_HEADER and 0 < float(value) < 1:
+                case.headers[name] = "60"
+
+
 @pytest.mark.parametrize("examples", [5, pytest.param(100, marks=pytest.mark.faults)])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_answer_is_documented_whoever_asks(scene, acme, other, name, examples):
@@ -64,6 +74,7 @@ def test_every_answer_is_documented_whoever_asks(scene, acme, other, name, examp
     def check(case: Case, model: str) -> None:
         # No route has a path with a line break.
         assume("%0A" not in str(case.path_parameters))
+        wait_for_answers(case)
         named = naming(case, model)
         owner, neighbour = ({"authorization": client.headers["authorization"]} for client in (acme, other))
         # 424 is how TEI spells a fault of the server.
