@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import select
 import socket
@@ -10,6 +11,7 @@ from itertools import repeat
 import httpx
 import pytest
 
+from server.protocol import JoinedWrites
 from tests.server.conftest import live_server
 
 HEAD = b"POST /v1/classify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -121,3 +123,48 @@ def test_a_client_that_does_not_read_is_cut_off(live):
         assert poll.poll(60_000)
         with pytest.raises(ConnectionResetError):
             until_closed(connection)
+
+
+class Sent:
+    """A transport that keeps what it is told to send."""
+
+    def __init__(self):
+        self.parts, self.closed = [], False
+
+    def write(self, data):
+        assert not self.closed
+        self.parts.append(data)
+
+    def close(self):
+        self.closed = True
+
+    def is_closing(self):
+        return self.closed
+
+
+async def turns(sent, *writes):
+    """Write some parts in each turn of the event loop."""
+    transport = JoinedWrites(sent, asyncio.get_running_loop())
+    for parts in writes:
+        for part in parts:
+            transport.write(part)
+        await asyncio.sleep(0)
+
+
+def test_what_is_written_in_one_turn_is_sent_together():
+    sent = Sent()
+    asyncio.run(turns(sent, [b"head ", b"body"], [b"more"]))
+    assert sent.parts == [b"head body", b"more"]
+
+
+def test_what_is_left_is_sent_before_the_end_and_nothing_after_it():
+    async def write_and_close():
+        transport = JoinedWrites(sent, asyncio.get_running_loop())
+        transport.write(b"last")
+        transport.close()
+        transport.write(b"late")
+        await asyncio.sleep(0)
+
+    sent = Sent()
+    asyncio.run(write_and_close())
+    assert (sent.parts, sent.closed) == ([b"last"], True)
