@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.common import (
     DEMO_ENCODER,
-    DTYPES,
+    OWN_PRECISIONS,
     Contestant,
     OwnEngine,
     behave_as_the_server,
@@ -66,8 +66,8 @@ def compare(
     inputs = sentences(requests, seed=1)
     chosen = [tenants[n] for n in zipf(requests, len(tenants), seed=2)]
     contestants = {PUBLISHED: by_adapter(model, inputs, chosen)}
-    ours = {dtype: f"ours {dtype}" for dtype in engines}
-    contestants |= {ours[dtype]: engine.contestant(inputs, chosen) for dtype, engine in engines.items()}
+    ours = {precision: f"ours {precision}" for precision in engines}
+    contestants |= {ours[name]: engine.contestant(inputs, chosen) for name, engine in engines.items()}
     medians = measure(contestants, rounds)
     distinct = len({id(adapter) for adapter in chosen})
     setting = f"demo encoder, {requests} sentences, {distinct} of {len(tenants)} adapters"
@@ -84,7 +84,11 @@ def compare(
             unit="x",
             measured=milliseconds(medians, [PUBLISHED, name]),
         )
-        for arm, name in {"its best precision": best, "float32": ours["float32"]}.items()
+        for arm, name in {
+            "its best precision": best,
+            "bfloat16": ours["bfloat16"],
+            "float32": ours["float32"],
+        }.items()
     ]
 
 
@@ -95,7 +99,7 @@ def main() -> None:
     arguments = parser.parse_args()
     behave_as_the_server()
     model = PublishedModel(DEMO_ENCODER)
-    engines = {dtype: OwnEngine(DEMO_ENCODER, dtype) for dtype in DTYPES}
+    engines = {precision: OwnEngine(DEMO_ENCODER, precision) for precision in OWN_PRECISIONS}
     spec = next(iter(engines.values())).model.spec
     tenants = [random_adapter(spec, n, mixing_everywhere(spec)) for n in range(max(arguments.adapters))]
     figures = [

@@ -23,11 +23,18 @@ from molex.adapter import Adapter, assemble, new_adapter
 from molex.backbone import BaseSpec
 from molex.config import AdapterConfig, MolexConfig
 from molex.memory import keep_compiled_kernels, keep_freed_memory
+from molex.native.weights import Bits
 
 PROJECT = Path(__file__).parents[1]
 DEMO_ENCODER = PROJECT / ".models" / "e5-small"
 SHAPES = ("demo-encoder", "roberta-base-shape")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OWN_PRECISIONS: dict[str, tuple[torch.dtype, Bits | None]] = {
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, None),
+    "int8": (torch.bfloat16, 8),
+}
+"""What our own engine runs in: the dtype of hidden states and the bits of weights that are rounded."""
 
 Contestant = Callable[[], object]
 
@@ -79,9 +86,10 @@ def zipf(count: int, num_adapters: int, seed: int) -> list[int]:
 class OwnEngine:
     """The engine as the server runs it: one base in one precision, prepacked."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
-        self.model = MolexModel.from_pretrained(folder, dtype=DTYPES[dtype])
-        self.model.prepack()
+    def __init__(self, folder: Path, precision: str) -> None:
+        dtype, bits = OWN_PRECISIONS[precision]
+        self.model = MolexModel.from_pretrained(folder, dtype=dtype)
+        self.model.prepack(bits)
 
     def contestant(self, inputs: Sequence[Sequence[int]], adapters: Sequence[Adapter]) -> Contestant:
         rows = [Row(ids, adapter) for ids, adapter in zip(inputs, adapters, strict=True)]
