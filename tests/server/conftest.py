@@ -72,9 +72,12 @@ class Live:
         return self.http.delete(f"/v1/adapters/{name}")
 
     def send(self, path: str, body: Any, *, cut: int = 0) -> socket.socket:
-        """Send a request, without its last `cut` bytes, for a client that will not wait for the answer."""
+        """Send a request, without its last `cut` bytes, for a client that will not wait for the answer.
+
+        Whoever reads on after the answer finds the end of the connection there.
+        """
         content = json.dumps(body)
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
         request = f"{head}content-length: {len(content)}\r\n\r\n{content}".encode()
         url = httpx.URL(self.url)
         connection = socket.create_connection((url.host, url.port))

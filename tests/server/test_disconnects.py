@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from weakref import ref
 
-import httpx
 import pytest
 
 from tests.server.conftest import Live
+from tests.server.plain_client import plain_client
 
 NAMES = {"writer-2": "writer", "poet-2": "poet", "mood-2": "mood"}
 PROMPTS = ["w1 w2 w3", "w9", "w8 w7 w6 w5 w4", " ".join(f"w{n}" for n in range(70))]
@@ -27,10 +27,8 @@ def request(name: str, prompt: str) -> tuple[str, dict[str, Any]]:
 
 def answer(live: Live, name: str, prompt: str) -> Any:
     path, body = request(name, prompt)
-    # A connection of its own: a client that threads share may close one that another has just taken.
-    response = httpx.post(live.url + path, json=body, timeout=60)
-    assert response.status_code == 200, response.text
-    content = response.json()
+    with plain_client(live.url) as post:
+        content, _ = post(path, body)
     if name == "mood-2":
         return content["data"][0]["label"]
     return content["choices"][0]["text"], content["usage"]["completion_tokens"]

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 import httpx
 import pytest
 
-from tests.server.looks import send, waiting
+from tests.server.looks import waiting
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_what_the_clients_counted_is_what_the_server_counted(live, threads, brak
     held.until(lambda: len(held.batches) == 1)
     count(send_all(*[(good, {"x-request-timeout": "1"})] * 6))
     for number in range(7, 10):
-        with send(live, good, "/v1/classify"):
+        with live.send("/v1/classify", good):
             held.until(lambda n=number: waiting(live, "enc") == n)
         sent[499] += 1
     # What has gone keeps its place until the step ends that is under way.
