@@ -1,29 +1,31 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from pathlib import Path
 
-# In a process of its own, which may use two threads. It counts the threads that the system sees.
-PROGRAM = """
-import os, threading, torch
+import torch
+
 from molex.threads import release_helpers
-def count():
-    return len(os.listdir("/proc/self/task"))
-def compute():
+from tests.forks import run_apart
+
+
+def threads_around_a_release() -> list[tuple[int, int]]:
+    """The threads that the system sees while this process computes, and after; two rounds of that."""
+    torch.set_num_threads(2)
+    return [compute_and_release() for _ in range(2)]
+
+
+def compute_and_release() -> tuple[int, int]:
     torch.randn(500, 500) @ torch.randn(500, 500)
     computing = count()
     assert release_helpers()
     return computing, count()
-print(*compute())
-print(*compute())
-"""
+
+
+def count() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 def test_helpers_go_and_come_back():
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, check=True, text=True, env=environment
-    )
-    rounds = [[int(n) for n in line.split()] for line in result.stdout.splitlines()]
+    # In a process of its own, which may use two threads.
+    rounds = run_apart(threads_around_a_release)
     assert [computing - after for computing, after in rounds] == [1, 1]

@@ -18,16 +18,17 @@ from typer.testing import CliRunner
 from server.auth.access import Access
 from server.cli import Server, app
 from server.settings import Settings
+from tests.server.processes import started, stopped
 
 COMMAND = [sys.executable, "-c", "from server.cli import app; app()"]
 
 
 @contextmanager
-def serving(bases, adapters_folder, *options: str):
-    """A served decoder; the output up to the last line of its greeting, and its URL."""
-    command = [*COMMAND, "serve", "--base", f"dec={bases['dec']}", "--adapters", str(adapters_folder)]
+def serving(bases, adapters_folder):
+    """A served decoder, begun by the command; the output up to the last line of its greeting, and its URL."""
+    options = ["--base", f"dec={bases['dec']}", "--adapters", str(adapters_folder), "--log-format", "json"]
     child = subprocess.Popen(
-        [*command, "--port", "0", "--log-format", "json", *options],
+        [*COMMAND, "serve", "--port", "0", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -78,14 +79,12 @@ def test_it_greets_with_commands_that_work_and_stops_gracefully(process):
     assert "Traceback" not in errors
 
 
-def test_it_stops_at_once_when_idle_although_clients_keep_their_connections(bases, adapters_folder):
+def test_it_stops_at_once_when_idle_although_clients_keep_their_connections(bases):
     # Whoever waited for the clients, or for the grace to be over, would be killed here.
-    options = ["--grace-seconds", "600", "--max-client-seconds", "600"]
-    with serving(bases, adapters_folder, *options) as (child, _, url), httpx.Client(base_url=url) as client:
+    options = ["--base", f"dec={bases['dec']}", "--grace-seconds", "600", "--max-client-seconds", "600"]
+    with started(os.environ, *options) as (child, [url, *_]), httpx.Client(base_url=url) as client:
         assert client.get("/readyz").status_code == 200
-        child.send_signal(signal.SIGTERM)
-        child.communicate(timeout=60)
-    assert child.returncode == 0
+        stopped(child)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -99,9 +98,9 @@ def test_a_signal_makes_it_unready_at_once(start, settings, number):
     assert server.should_exit
 
 
-def test_what_is_not_done_within_the_grace_is_cut_off(bases, adapters_folder):
+def test_what_is_not_done_within_the_grace_is_cut_off(bases):
     body = {
-        "model": "writer",
+        "model": "dec",
         "prompt": "w1",
         "max_tokens": 90,
         "ignore_eos": True,
@@ -109,17 +108,16 @@ def test_what_is_not_done_within_the_grace_is_cut_off(bases, adapters_folder):
         "stream": True,
     }
     with (
-        serving(bases, adapters_folder, "--grace-seconds", "0") as (child, _, url),
+        started(os.environ, "--base", f"dec={bases['dec']}", "--grace-seconds", "0") as (child, [url, *_]),
         httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream,
     ):
         assert stream.status_code == 200
         lines = stream.iter_lines()
         next(lines)
-        child.send_signal(signal.SIGTERM)
+        child.terminate()
         with pytest.raises(httpx.RemoteProtocolError):
             list(lines)
-        child.communicate(timeout=60)
-    assert child.returncode == 0
+        assert child.ended()[0] == 0
 
 
 def test_a_port_in_use_ends_the_process(bases, monkeypatch):

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
+import os
 
 import httpx
+import pytest
 
+from server import engine, heartbeat
+from server.cli import app
 from server.heartbeat import BUSY_PATIENCE, BUSY_SECONDS, LOOK_SECONDS, LOST_SECONDS, Heartbeat
 from server.settings import Settings
 from tests.server.looks import LONG, idle
+from tests.server.processes import started
 
-BROKEN = """
-from server import cli, engine, heartbeat
-engine.Engine._postprocess = None
-heartbeat.LOST_SECONDS = 0
-cli.app()
-"""
+
+def serve_without_a_worker(arguments: list[str]) -> None:
+    """A server whose worker dies after its first step."""
+    engine.Engine._postprocess = None
+    heartbeat.LOST_SECONDS = 0
+    app(arguments)
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """Looks, which count for as long as ever, follow each other faster; a worker must be at work."""
+    monkeypatch.setattr(engine, "LOOK_SECONDS", LOOK_SECONDS / 5)
 
 
 def look(target: Heartbeat, progress: int, seconds: float) -> None:
@@ -64,7 +72,7 @@ def test_one_that_computes_has_more_time_but_not_for_ever():
     assert target.stuck
 
 
-def test_a_stuck_worker_leaves_nobody_waiting_and_may_come_back(settings, start, threads, brake):
+def test_a_stuck_worker_leaves_nobody_waiting_and_may_come_back(settings, start, threads, brake, hurried):
     live = start(settings.model_copy(update={"max_stall_seconds": 1}))
     held = brake(live, "dec")
     body = {"model": "writer", "prompt": "w1", **LONG}
@@ -85,7 +93,7 @@ def test_a_stuck_worker_leaves_nobody_waiting_and_may_come_back(settings, start,
     assert live.classify(model="mood", input="w1").status_code == 200
 
 
-def test_a_worker_that_is_slow_is_not_stuck(settings, start, monkeypatch):
+def test_a_worker_that_is_slow_is_not_stuck(settings, start, monkeypatch, hurried):
     """Its step takes several times the patience, but it goes on from layer to layer."""
     live = start(settings.model_copy(update={"max_stall_seconds": 1}))
     runner, engine = live.engine.bases["enc"].runner, live.engine
@@ -114,21 +122,11 @@ def test_a_worker_without_work_is_not_stuck(settings, start):
     assert not beat.stuck
 
 
-def test_a_process_whose_worker_has_died_ends(bases, tmp_path):
-    command = [sys.executable, "-c", BROKEN, "serve", "--base", f"dec={bases['dec']}", "--port", "0"]
-    with subprocess.Popen(
-        [*command, "--max-stall-seconds", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as child:
-        assert child.stdout is not None
-        greeting = ""
-        while "/metrics" not in greeting:
-            line = child.stdout.readline()
-            assert line, child.communicate()
-            greeting += line
-        url = re.search(r"http://127.0.0.1:\d+", greeting)
-        assert url
-        answer = httpx.post(f"{url[0]}/v1/completions", json={"model": "dec", "prompt": "w1"}, timeout=60)
+def test_a_process_whose_worker_has_died_ends(bases):
+    options = ["--base", f"dec={bases['dec']}", "--max-stall-seconds", "1"]
+    with started(os.environ, *options, program=serve_without_a_worker) as (child, [url, *_]):
+        answer = httpx.post(f"{url}/v1/completions", json={"model": "dec", "prompt": "w1"}, timeout=60)
         assert answer.status_code == 500
-        _, errors = child.communicate(timeout=60)
-    assert child.returncode == 1
-    assert "to be started anew" in errors
+        code, log = child.ended()
+    assert code == 1
+    assert "to be started anew" in log

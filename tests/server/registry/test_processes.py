@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from threading import Thread
 
@@ -24,6 +26,8 @@ from tests.server.registry.hub import Hub, serving_hub
 
 NAMES = ("mood", "topic", "rank2")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MOLEX_LOG_LEVEL": "warning"}
+SPAWNED = multiprocessing.get_context("spawn")
+"""Processes that import everything themselves."""
 
 
 @pytest.fixture
@@ -133,18 +137,19 @@ def test_a_server_that_is_killed_at_any_point_leaves_a_sound_catalogue(options, 
             for _ in range(moments.randrange(8)):
                 http.get("/livez")
             child.kill()
-            child.communicate()
             changes.join()
             expected |= changes.done
         check_disk(storage)
 
 
-def test_adapters_of_a_hub_are_fetched_kept_and_fetched_again(options, hub, contents, tmp_path):
+def test_adapters_of_a_hub_are_fetched_kept_and_fetched_again(options, hub, contents, tmp_path, monkeypatch):
     size = max(sum(map(len, files.values())) for files in contents.values())
     room = ["--max-storage-bytes", str(size), "--max-resident-adapters", "1"]
-    environment = ENVIRONMENT | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": f"{tmp_path}/hf"}
-    allowed = ["--source", "hf://acme/"]
-    with started(environment, *options, *allowed, *room) as (child, urls):
+    # The library of the hub reads these when it is imported.
+    for name, value in {"ENDPOINT": hub.url, "HUB_OFFLINE": "0", "HOME": f"{tmp_path}/hf"}.items():
+        monkeypatch.setenv(f"HF_{name}", value)
+    start = partial(started, ENVIRONMENT, *options, "--source", "hf://acme/", *room, processes=SPAWNED)
+    with start() as (child, urls):
         with httpx.Client(base_url=urls[0], timeout=60) as http:
             refused = put(http, "x", "hf://other/mood")
             assert (refused.status_code, refused.json()["error"]["code"]) == (403, "forbidden_source")
@@ -169,8 +174,8 @@ def test_adapters_of_a_hub_are_fetched_kept_and_fetched_again(options, hub, cont
             hub.commits[commit] = contents["mood"]
         stopped(child)
     downloads = hub.downloads.total()
-    environment["HF_ENDPOINT"] = "http://127.0.0.1:1"
-    with started(environment, *options, *allowed, *room) as (child, urls):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    with start() as (child, urls):
         with httpx.Client(base_url=urls[0], timeout=60) as http:
             # The hub is down: what is on the disk serves, and the other says why it does not.
             assert digest_of(http, "topic").startswith("sha256:")
