@@ -1,4 +1,4 @@
-"""Trains a MoLEx and a LoRA adapter on a handful of sentences and uses both. Takes about a minute.
+"""Trains a MoLEx and a LoRA adapter on a handful of sentences and uses both. Takes half a minute.
 
 python examples/training.py
 """
@@ -48,7 +48,7 @@ def main() -> None:
         for method in METHODS:
             output = Path(folder) / method
             arguments = TrainArguments(
-                base=str(BASE), method=method, train=data, eval=data, output=output, epochs=8, batch_size=4
+                base=str(BASE), method=method, train=data, eval=data, output=output, epochs=4, batch_size=4
             )
             record = train_adapter(arguments, base)
             print(f"{method}: accuracy {record['metrics']['accuracy']:.2f} on its own training sentences")

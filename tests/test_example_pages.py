@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from examples.demo import ADAPTERS, BASES, running_server
 from scripts.readme_output import PROJECT, Example, examples, run
 
 PAGES = {"client.md": 5, "openai.md": 7}
@@ -12,21 +11,13 @@ PAGES = {"client.md": 5, "openai.md": 7}
 EXAMPLES = {page: examples((PROJECT / "docs" / page).read_text(encoding="utf-8")) for page in PAGES}
 
 
-@pytest.fixture(scope="module")
-def url():
-    if missing := [folder for folder in BASES.values() if not (PROJECT / folder).is_dir()]:
-        pytest.skip(f"{', '.join(missing)}: not there; `make models` prepares them")
-    with running_server(BASES, ADAPTERS) as address:
-        yield address
-
-
 @pytest.mark.parametrize(
     "example",
     [example for page in PAGES for example in EXAMPLES[page]],
     ids=lambda example: example.output.split("\n")[0][:40],
 )
-def test_a_block_prints_what_the_page_shows(example: Example, url):
-    assert run(example, url).strip() == example.output.strip()
+def test_a_block_prints_what_the_page_shows(example: Example, demo_url):
+    assert run(example, demo_url).strip() == example.output.strip()
 
 
 def test_every_topic_has_a_block():

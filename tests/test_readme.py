@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from examples.demo import ADAPTERS, BASES, RESTAURANTS, TEXTS, ask_everything, running_server
+from examples.demo import RESTAURANTS, TEXTS, ask_everything
 from scripts.readme_output import PROJECT, README, Example, examples, run
 from server.cli import app
 from server.settings import Settings
@@ -38,19 +38,11 @@ PROBABILITY_TOLERANCE = 0.02
 TOKEN_COUNTS = ("completion_tokens", "total_tokens")
 
 
-@pytest.fixture(scope="module")
-def url():
-    if missing := [folder for folder in BASES.values() if not (PROJECT / folder).is_dir()]:
-        pytest.skip(f"{', '.join(missing)}: not there; `make models` prepares them")
-    with running_server(BASES, ADAPTERS) as address:
-        yield address
-
-
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.code.split("\n")[0][:40])
-def test_example_prints_what_the_readme_shows(example: Example, url):
+def test_example_prints_what_the_readme_shows(example: Example, demo_url):
     if "curl" in example.code and shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    printed = run(example, url)
+    printed = run(example, demo_url)
     if printed.startswith("{"):
         assert_alike(json.loads(printed), json.loads(example.output))
     elif "stream" in example.code:
@@ -59,15 +51,16 @@ def test_example_prints_what_the_readme_shows(example: Example, url):
         assert_lines_alike(printed.splitlines(), example.output.splitlines())
 
 
-def test_demo_gets_an_answer_to_everything(url):
-    answers = asyncio.run(ask_everything(url))
+def test_demo_gets_an_answer_to_everything(demo_url):
+    answers = asyncio.run(ask_everything(demo_url))
     assert [answer for answer in answers if isinstance(answer, BaseException)] == []
     assert len(answers) == sum(map(len, TEXTS.values())) + len(RESTAURANTS) + 1
 
 
 @pytest.mark.parametrize("script", ["client.py", "offline.py", "training.py"])
-def test_example_script_runs(script, url):
-    command = [sys.executable, str(PROJECT / "examples" / script), *([url] if script == "client.py" else [])]
+def test_example_script_runs(script, demo_url):
+    arguments = [demo_url] if script == "client.py" else []
+    command = [sys.executable, str(PROJECT / "examples" / script), *arguments]
     done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True, timeout=300)
     assert len(done.stdout.splitlines()) > 3
 
