@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from time import monotonic
 
 import httpx
 import pytest
@@ -96,6 +97,18 @@ def test_a_signal_makes_it_unready_at_once(start, settings, number):
     assert live.http.get("/readyz").status_code == 503
     assert live.classify(model="mood", input="w1").status_code == 503
     assert server.should_exit
+
+
+@pytest.mark.faults
+def test_an_idle_server_ends_within_three_seconds(bases, adapters_folder):
+    seconds = []
+    for _ in range(3):
+        with serving(bases, adapters_folder) as (child, _, _):
+            begin = monotonic()
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(60) == 0
+            seconds.append(monotonic() - begin)
+    assert min(seconds) < 3
 
 
 def test_what_is_not_done_within_the_grace_is_cut_off(bases):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from time import monotonic
 
 import httpx
 import pytest
@@ -120,6 +121,36 @@ def test_a_worker_without_work_is_not_stuck(settings, start):
     while live.engine._rounds < seen + 3:
         assert live.http.get("/readyz").status_code == 200
     assert not beat.stuck
+
+
+def seconds_until_not_ready(live) -> float:
+    begin = monotonic()
+    while live.http.get("/readyz").status_code == 200:
+        pass
+    return monotonic() - begin
+
+
+@pytest.mark.faults
+def test_a_hung_worker_is_seen_within_five_seconds(settings, start, brake):
+    """The best of three, since looks are late on a machine that is busy."""
+    patience = Settings.model_fields["max_stall_seconds"].default
+    seconds = []
+    for _ in range(3):
+        live = start(settings.model_copy(update={"max_stall_seconds": patience}))
+        held = brake(live, "enc")
+        with live.send("/v1/classify", {"model": "mood", "input": "w1"}):
+            held.until(lambda held=held: len(held.batches) == 1)
+            seconds.append(seconds_until_not_ready(live))
+        held.release()
+    assert min(seconds) < 5
+
+
+@pytest.mark.faults
+def test_a_dead_worker_is_seen_within_five_seconds(settings, start, monkeypatch):
+    live = start(settings)
+    monkeypatch.setattr(live.engine, "_postprocess", None)
+    with live.send("/v1/classify", {"model": "mood", "input": "w1"}):
+        assert seconds_until_not_ready(live) < 5
 
 
 def test_a_process_whose_worker_has_died_ends(bases):
