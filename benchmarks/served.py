@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,16 +25,18 @@ PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 @contextmanager
-def own_server(base: Path, adapters: Path, log: Path, *options: str) -> Iterator[str]:
+def own_server(
+    base: Path, adapters: Path, log: Path, *options: str, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """`molex serve` with one base, called "base", and a folder of adapters; yields its URL once it is ready.
 
-    `options` go to the command as they are; what it prints goes to the file `log`. Raises
-    `benchmarks.peers.PeerError` where it does not start.
+    `options` go to the command as they are, `environment` to its variables; what it prints goes to the file
+    `log`. Raises `benchmarks.peers.PeerError` where it does not start.
     """
     port = free_port()
     command = [str(Path(sys.executable).with_name("molex")), "serve", "--port", str(port)]
     command += ["--base", f"{BASE}={base}", "--adapters", str(adapters), "--log-level", "warning", *options]
-    with running(command, f"http://127.0.0.1:{port}", "/readyz", READY_SECONDS, log) as url:
+    with running(command, f"http://127.0.0.1:{port}", "/readyz", READY_SECONDS, log, environment) as url:
         yield url
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from molex.adapter import BARE, Adapter
+from molex.errors import InputError
 from molex.forward import Forward
 from molex.gate import LinearGate
 from molex.native.layers import NativeLayers, is_linear
@@ -39,6 +40,10 @@ class Depths(Protocol):
     def routes(self) -> list[Route]:
         """The route of each row, once all depths have run."""
 
+    @property
+    def balance_losses(self) -> Sequence[Tensor]:
+        """Of each vote, where gradients are taken."""
+
     def run(self, hidden: Tensor, first: int, count: int) -> Tensor:
         """Run `count` depths from `first` on, whose input is [n, d]; returns the output of the last."""
 
@@ -61,8 +66,7 @@ class PlannedDepths:
         return self._router.routes
 
     @property
-    def balance_losses(self) -> list[Tensor]:
-        """Of each vote."""
+    def balance_losses(self) -> Sequence[Tensor]:
         return self._router.balance_losses
 
     def run(self, hidden: Tensor, first: int, count: int) -> Tensor:
@@ -80,27 +84,39 @@ class MixtureTable:
     `weights` [T, 2] those of own and routed layers. The tensors behind the addresses are the adapter's.
     """
 
-    def __init__(self, adapter: Adapter, num_layers: int) -> None:
+    def __init__(self, adapter: Adapter, num_layers: int, width: int) -> None:
+        """For a base of that many layers and that width.
+
+        Raises InputError for a gate that is not of such a base: the kernels read what the addresses promise.
+        """
+        self.fits = num_layers, width
         self.gates = torch.zeros(num_layers, 2, dtype=torch.int64)
         self.weights = torch.tensor([1.0, 0.0]).repeat(num_layers, 1)
         for depth, gate in adapter.gates.items():
             assert isinstance(gate, LinearGate)
+            if (
+                depth >= num_layers
+                or gate.weight.shape != (num_layers, width)
+                or len(gate.bias) != num_layers
+            ):
+                raise InputError(f"the gate of depth {depth} does not fit the base model")
             self.gates[depth] = torch.tensor([gate.weight.data_ptr(), gate.bias.data_ptr()])
         if adapter.gates:
             self.weights[sorted(adapter.gates)] = adapter.mixing_pairs().detach().float()
 
 
 _tables: WeakKeyDictionary[Adapter, MixtureTable] = WeakKeyDictionary()
-"""Of adapters that mix, each of which belongs to one base. They go with the adapter."""
+"""Of adapters that mix. They go with the adapter."""
 _unmixed = cache(partial(MixtureTable, BARE))
 
 
-def _table(adapter: Adapter, num_layers: int) -> MixtureTable:
+def _table(adapter: Adapter, num_layers: int, width: int) -> MixtureTable:
     if not adapter.gates:
-        return _unmixed(num_layers)
-    if adapter not in _tables:
-        _tables[adapter] = MixtureTable(adapter, num_layers)
-    return _tables[adapter]
+        return _unmixed(num_layers, width)
+    table = _tables.get(adapter)
+    if table is None or table.fits != (num_layers, width):
+        table = _tables[adapter] = MixtureTable(adapter, num_layers, width)
+    return table
 
 
 class NativeDepths:
@@ -108,6 +124,8 @@ class NativeDepths:
 
     For a `Forward` whose rows keep no keys and values, and whose gates are linear.
     """
+
+    balance_losses: Sequence[Tensor] = ()
 
     def __init__(self, forward: Forward, voters: Sequence[int]) -> None:
         assert isinstance(forward.backbone.layers, NativeLayers)
@@ -118,7 +136,8 @@ class NativeDepths:
         self._chosen = np.zeros((num_layers, count, CHOICES), dtype=np.int64)
         self._shares = np.zeros((num_layers, count, CHOICES), dtype=np.float32)
         self._pin_routes()
-        tables = [_table(adapter, num_layers) for adapter in forward.adapters]
+        width = forward.backbone.spec.hidden_size
+        tables = [_table(adapter, num_layers, width) for adapter in forward.adapters]
         self._depths = torch.classes.molex.Depths(
             self._layers.packed,
             torch.tensor([self._request(i) for i in range(count)]),
@@ -205,7 +224,9 @@ class NativeDepths:
 
     def _pin_routes(self) -> None:
         for number, row in enumerate(self._forward.rows):
-            for depth, choice in zip(sorted(row.adapter.gates), row.route or (), strict=False):
+            if row.route is None or not row.adapter.gates:
+                continue
+            for depth, choice in zip(sorted(row.adapter.gates), row.route, strict=True):
                 self._chosen[depth, number, : len(choice.layers)] = choice.layers
                 self._shares[depth, number, : len(choice.layers)] = choice.weights
 

@@ -99,7 +99,7 @@ class Pass:
         """The results, once all depths have run."""
         forward, depths = self._forward, self._depths
         logits, routes = forward.logits(self._hidden, self._lm_logits), depths.routes
-        losses = depths.balance_losses if isinstance(depths, PlannedDepths) else []
+        losses = list(depths.balance_losses)
         inverse = sorted(range(len(forward.rows)), key=forward.order.__getitem__)
         return RunOutput(
             [logits[i] for i in inverse],

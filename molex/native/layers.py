@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from molex.attention import AttentionOptions, KVStreams, attend
 from molex.config import VoteConfig
+from molex.errors import InputError
 from molex.family import Family
 from molex.gate import Gate, LinearGate, gate_logits
 from molex.layers import StockLayers
@@ -48,11 +49,18 @@ class FactorTable:
     own; other factors are copied where they lie in another order.
     """
 
-    def __init__(self, lora: LoraWeights, places: Mapping[str, int], num_layers: int) -> None:
-        """`places` numbers the linear layers of a block."""
+    def __init__(self, lora: LoraWeights, modules: Mapping[str, tuple[int, int]], num_layers: int) -> None:
+        """`modules` are the linear layers of a block in the order of the sites, with (inputs, outputs).
+
+        Raises InputError for factors that do not fit them: the kernels read what the addresses promise.
+        """
+        places = {name: place for place, name in enumerate(modules)}
         fields = np.zeros((num_layers * len(places), FACTOR_FIELDS), dtype=np.int64)
         self._kept: list[Tensor] = []
         for (layer, module), update in lora.updates.items():
+            shapes = (update.a.shape[1], update.b.shape[0]), (len(update.a), update.b.shape[1])
+            if layer >= num_layers or modules.get(module) != shapes[0] or len(set(shapes[1])) > 1:
+                raise InputError(f"the factors of {module} in layer {layer} do not fit the base model")
             a, b = update.a.detach().float().contiguous(), update.b.detach().float().T.contiguous()
             self._kept += [a, b]
             scaling = np.float64(update.scaling).view(np.int64)
@@ -74,7 +82,7 @@ class NativeLayers:
         """Pack the weights of blocks; those of the routed branch once more if they are to differ."""
         blocks, routed = stock.blocks[: stock.num_layers], stock.blocks[-stock.num_layers :]
         self.first_routed = stock.num_layers if stock.first_routed or routed_bits != bits else 0
-        self._places = {name: place for place, name in enumerate(stock.modules)}
+        self._modules = stock.modules
         self._family = family
         self.dtype = stock.dtype
         self.nbytes = 0
@@ -89,7 +97,7 @@ class NativeLayers:
             norm_after,
             eps,
             self._num_layers,
-            len(self._places),
+            len(self._modules),
         )
         for block in blocks:
             self._add(block, bits)
@@ -99,12 +107,12 @@ class NativeLayers:
         self._factors: tuple[ReferenceType[BatchLora], Tensor] | None = None
 
     def _add(self, block: Any, bits: Bits | None) -> None:
-        family = self._family
+        family, places = self._family, list(self._modules)
         parts = [family.projections, (family.join,), family.up, (family.down,)]
         linears: list[PackedLinear] = []
         for number, names in enumerate(parts):
             modules = [attrgetter(name)(block).base for name in names]
-            sites = [self._places[name] for name in names]
+            sites = [places.index(name) for name in names]
             linears.append(pack(modules, sites, gated=number == 2 and len(names) == 2, bits=bits))
         norms = [_norm(block.get_submodule(name)) for name in family.norms]
         self.packed.add([linear.tensors for linear in linears], [linear.inputs for linear in linears], norms)
@@ -169,14 +177,14 @@ class NativeLayers:
         """The tables of the batch's adapters [members, sites, 5]."""
         if self._factors is None or self._factors[0]() is not lora:
             tables = [self._table(weights).fields for weights in lora.adapters]
-            sites = self._num_layers * len(self._places)
+            sites = self._num_layers * len(self._modules)
             empty = torch.empty(0, sites, FACTOR_FIELDS, dtype=torch.int64)
             self._factors = (ref(lora), torch.stack(tables) if tables else empty)
         return self._factors[1]
 
     def _table(self, lora: LoraWeights) -> FactorTable:
         if lora not in self._tables:
-            self._tables[lora] = FactorTable(lora, self._places, self._num_layers)
+            self._tables[lora] = FactorTable(lora, self._modules, self._num_layers)
         return self._tables[lora]
 
 

@@ -6,12 +6,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BertConfig, BertModel
 
 from molex import BARE, MolexModel, Row
 from molex.depths import TOKENS_PER_CALL, NativeDepths, PlannedDepths
+from molex.errors import InputError
 from molex.routing import flat_route
 from tests.molex.native.kernels import needs_kernels, threads
-from tests.tiny import DECODERS, ENCODERS, LAYERS, molex_config, random_adapter, random_ids
+from tests.tiny import (
+    DECODERS,
+    ENCODERS,
+    HIDDEN,
+    LAYERS,
+    POSITIONS,
+    VOCAB,
+    molex_config,
+    random_adapter,
+    random_ids,
+)
 
 pytestmark = needs_kernels
 
@@ -147,3 +159,38 @@ def test_numbers_that_are_not_finite_stay_in_their_request(encoder):
     *others, mine = encoder.run([*rows, Row(random_ids(5, seed=3), poisoned)]).logits
     assert mine.isnan().all()
     torch.testing.assert_close(others, expected)
+
+
+@torch.inference_mode()
+def test_an_adapter_of_another_base_is_refused_by_name(encoder, tmp_path):
+    """The kernels read weights where they lie: those of a narrower base end early."""
+    wider = MolexModel.from_pretrained(wider_base(tmp_path))
+    rows = [Row(random_ids(5, seed=1))]
+    for molex, fault in ((None, "the factors of .* in layer 0"), (molex_config(), "the gate of depth 0")):
+        adapter = random_adapter(encoder.spec, seed=1, molex=molex)
+        encoder.run([Row(random_ids(5, seed=1), adapter)])
+        wider.prepack()
+        with pytest.raises(InputError, match=f"{fault} do(es)? not fit the base model"):
+            wider.run([*rows, Row(random_ids(5, seed=1), adapter)])
+
+
+@torch.inference_mode()
+def test_a_route_that_is_too_short_is_refused(encoder):
+    row = mixed_rows(encoder, [5, 5, 5])[2]
+    row.route = encoder.run([row]).routes[0][:-1]
+    with pytest.raises(ValueError, match="shorter"):
+        encoder.run([row])
+
+
+def wider_base(folder):
+    """A random BERT of twice the width."""
+    config = BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=2 * HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=POSITIONS,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder

@@ -214,7 +214,8 @@ def test_factors_of_a_folder_are_read_where_they_lie(base_folder, tmp_path):
     _, native = pair(base_folder("roberta"))
     write_adapter(random_adapter(native.spec, seed=1), tmp_path)
     lora = read_adapter(tmp_path, native.spec).lora
-    places = {name: n for n, name in enumerate(native.spec.modules)}
-    addresses = FactorTable(lora, places, native.spec.num_layers).fields[:, :2].flatten().tolist()
+    addresses = (
+        FactorTable(lora, native.spec.modules, native.spec.num_layers).fields[:, :2].flatten().tolist()
+    )
     own = {factor.data_ptr() for update in lora.updates.values() for factor in (update.a, update.b)}
     assert own == {address for address in addresses if address}
