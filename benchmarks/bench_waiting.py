@@ -1,10 +1,10 @@
 """What short waits of the threads of a pass cost and gain: generation with them and with OpenMP's own.
 
-    python -m benchmarks.bench_waiting [--rounds 3] [--output DIR]
+    python -m benchmarks.bench_waiting [--rounds 7] [--neighbours 0 2 4] [--output DIR]
 
-16 streams over 8 LoRA adapters on the demo decoder, over HTTP, from a server as it is and from one that waits as
-GNU's OpenMP does by default (`GOMP_SPINCOUNT`, see `server/__init__.py`). Both run alone, and beside two processes
-that compute without end.
+16 streams over 8 LoRA adapters on the demo decoder, over HTTP, from a server as it is and from one that waits
+as GNU's OpenMP does by default (`GOMP_SPINCOUNT`, see `server/__init__.py`). Both run beside so many
+processes that compute without end.
 """
 
 from __future__ import annotations
@@ -30,17 +30,16 @@ from benchmarks.generation_arms import Workload, over_http, write_adapters
 from benchmarks.served import own_server
 from server import SPIN_COUNT
 
-TOKENS = 8
+TOKENS = 16
 WAITS = {"short": SPIN_COUNT, "as OpenMP does": 300_000}
 """How often a thread looks for the others before it sleeps; the larger is what OpenMP takes by default."""
-NEIGHBOURS = 2
 
 
 @contextmanager
-def busy_neighbours() -> Iterator[None]:
+def busy_neighbours(count: int) -> Iterator[None]:
     """Processes that compute until the block ends."""
     command = [sys.executable, "-c", "while True: pass"]
-    neighbours = [subprocess.Popen(command) for _ in range(NEIGHBOURS)]
+    neighbours = [subprocess.Popen(command) for _ in range(count)]
     try:
         yield
     finally:
@@ -49,16 +48,22 @@ def busy_neighbours() -> Iterator[None]:
             neighbour.wait()
 
 
-def beside_neighbours(contestant: Contestant) -> Contestant:
+def beside(count: int, contestant: Contestant) -> Contestant:
     def run() -> None:
-        with busy_neighbours():
+        with busy_neighbours(count):
             contestant()
 
     return run
 
 
+def name(waits: str, neighbours: int) -> str:
+    return f"{waits}, {neighbours} neighbours"
+
+
 def main() -> None:
-    options = command_line(__doc__, rounds=3).parse_args()
+    parser = command_line(__doc__, rounds=7)
+    parser.add_argument("--neighbours", nargs="+", type=int, default=(0, 2, 4))
+    options = parser.parse_args()
     behave_as_the_server()
     contestants: dict[str, Contestant] = {}
     with ExitStack() as stack:
@@ -70,13 +75,13 @@ def main() -> None:
             environment = {"GOMP_SPINCOUNT": str(count)}
             log = folder / f"{count}.log"
             server = own_server(MODEL, adapters, log, "--precision", "bf16", environment=environment)
-            contestants[f"{waits}, alone"] = over_http(stack.enter_context(server), load, "lora")
-            contestants[f"{waits}, beside others"] = beside_neighbours(contestants[f"{waits}, alone"])
+            generate = over_http(stack.enter_context(server), load, "lora")
+            contestants |= {name(waits, n): beside(n, generate) for n in options.neighbours}
         medians = measure(contestants, options.rounds)
     figures = []
-    for where in ("alone", "beside others"):
-        pair = [f"{waits}, {where}" for waits in WAITS]
-        what = f"time with waits as OpenMP's / with short ones, {STREAMS} streams, {where}"
+    for count in options.neighbours:
+        pair = [name(waits, count) for waits in WAITS]
+        what = f"time with waits as OpenMP's / with short ones, {STREAMS} streams, {count} busy neighbours"
         ratio = medians[pair[1]] / medians[pair[0]]
         figures.append(Figure("waits", what, ratio, None, True, "x", milliseconds(medians, pair)))
     save(figures, "bench_waiting", options.output)

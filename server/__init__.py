@@ -6,8 +6,8 @@ SPIN_COUNT = 2000
 """How often a thread looks whether the others of a pass have come, before it sleeps: some 50 µs of looking.
 
 By default GNU's OpenMP looks for milliseconds, and a pass has hundreds of such meetings. Where another
-process wants a core too, that waiting keeps it from the very thread that is waited for: steps of 16
-generations took ten to thirty times as long beside two busy processes as they do with short waits.
+process wants a core too, that waiting may keep it from the very thread that is waited for
+(`benchmarks/bench_waiting.py`).
 """
 
 # Read when PyTorch loads OpenMP, which has to come after this.
