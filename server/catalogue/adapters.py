@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Select, Table, delete, func, insert, select, update
+from sqlalchemy import Column, ColumnElement, Select, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from server.catalogue.catalogue import Catalogue
@@ -46,20 +46,14 @@ class AdapterCatalogue:
 
         Raises ServiceError where the tenant has no room for one more.
         """
-        tenant = _tenant(name)
         async with self._catalogue.writing() as connection:
-            known = await _record(connection, name)
-            if known is None:
-                await _check_count(connection, tenant, tuple(State))
-                await connection.execute(insert(adapters).values(name=name, tenant=tenant, last=0))
+            number = await _next_number(connection, name)
             failed = versions.c.state == State.FAILED
             await connection.execute(delete(versions).where(versions.c.adapter == name, failed))
-            last = adapters.c.name == name
-            await connection.execute(update(adapters).where(last).values(last=adapters.c.last + 1))
             now = self._catalogue.now()
             row = {
                 "adapter": name,
-                "number": (await connection.execute(select(adapters.c.last).where(last))).scalar_one(),
+                "number": number,
                 "source": source,
                 "base": base,
                 "digest": digest,
@@ -70,19 +64,18 @@ class AdapterCatalogue:
                 "updated": now,
             }
             await connection.execute(insert(versions).values(row))
-            detail = {"version": row["number"], "source": source}
+            detail = {"version": number, "source": source}
             await self._append(connection, actor, "adapter.register", name, detail)
             return await _known(connection, name)
 
-    async def mark(self, name: str, number: int, state: State, reason: str | None = None) -> AdapterRecord:
-        """Say how far the load of a version has come; nothing, where another server has it ready by now."""
+    async def fail(self, name: str, number: int, reason: str) -> AdapterRecord:
+        """Say that a version could not be loaded; nothing, where another server has it ready by now."""
         async with self._changing(name) as (connection, record):
             version = next((v for v in record.versions if v.number == number and not v.ready), None)
             if version is not None:
-                await self._change(connection, name, number, {"state": state, "reason": reason})
-                if state is State.FAILED:
-                    detail = {"version": number}
-                    await self._append(connection, version.actor, "adapter.fail", name, detail)
+                await self._change(connection, name, number, {"state": State.FAILED, "reason": reason})
+                detail = {"version": number}
+                await self._append(connection, version.actor, "adapter.fail", name, detail)
             return await _known(connection, name)
 
     async def finish(self, name: str, number: int, source: str, facts: Facts) -> AdapterRecord:
@@ -194,21 +187,36 @@ def _tenant(name: str) -> str | None:
 async def _records(connection: AsyncConnection, name: str | None = None) -> list[AdapterRecord]:
     """All adapters, or the one of a name."""
 
-    async def rows(table: Table, owner: Column[Any], *order: Column[Any]) -> Iterable[Mapping[Any, Any]]:
-        query = select(table).order_by(owner, *order)
+    async def rows(query: Select[Any], owner: Column[Any]) -> Iterable[Mapping[Any, Any]]:
         found = await connection.execute(query if name is None else query.where(owner == name))
         return [row._mapping for row in found]
 
     named: defaultdict[str, dict[str, int]] = defaultdict(dict)
-    for row in await rows(aliases, aliases.c.adapter, aliases.c.alias):
+    for row in await rows(select(aliases).order_by(aliases.c.adapter, aliases.c.alias), aliases.c.adapter):
         named[row["adapter"]][row["alias"]] = row["number"]
+    with_versions = (
+        select(adapters.c.name, adapters.c.current, versions)
+        .select_from(adapters.outerjoin(versions))
+        .order_by(adapters.c.name, versions.c.number)
+    )
+    current: dict[str, int | None] = {}
     kept: defaultdict[str, list[Version]] = defaultdict(list)
-    for row in await rows(versions, versions.c.adapter, versions.c.number):
-        kept[row["adapter"]].append(_version(row))
-    return [
-        AdapterRecord(row["name"], row["current"], tuple(kept[row["name"]]), named[row["name"]])
-        for row in await rows(adapters, adapters.c.name)
-    ]
+    for row in await rows(with_versions, adapters.c.name):
+        current[row["name"]] = row["current"]
+        if row["number"] is not None:
+            kept[row["name"]].append(_version(row))
+    return [AdapterRecord(name, number, tuple(kept[name]), named[name]) for name, number in current.items()]
+
+
+async def _next_number(connection: AsyncConnection, name: str) -> int:
+    """The number of an adapter's next version, which may be its first. Raises ServiceError (409)."""
+    counted = update(adapters).where(adapters.c.name == name).values(last=adapters.c.last + 1)
+    number: int | None = await connection.scalar(counted.returning(adapters.c.last))
+    if number is None:
+        await _check_count(connection, _tenant(name), tuple(State))
+        number = 1
+        await connection.execute(insert(adapters).values(name=name, tenant=_tenant(name), last=number))
+    return number
 
 
 async def _record(connection: AsyncConnection, name: str) -> AdapterRecord | None:

@@ -174,6 +174,7 @@ class Loads:
         """Load a version. A failure leaves what is served, and the catalogue says why."""
         try:
             async with self._slots:
+                self._registry.loading[request.name] = version.number
                 await self._load(request, version)
         except ServiceError as error:
             await self._failed(request, version, error)
@@ -183,10 +184,11 @@ class Loads:
             failure = internal_error()
             await self._failed(request, version, failure)
             raise failure from error
+        finally:
+            self._registry.loading.pop(request.name, None)
 
     async def _load(self, request: Request, version: Version) -> None:
         registry, store = self._registry, self._engine.adapters
-        await registry.change(registry.catalogue.mark(request.name, version.number, State.LOADING))
         files, source = await self._files(request)
         base, adapter = await self._engine.loader.run(store.sources.fit, files, request.base)
         store.check_room(request.name, adapter.nbytes, pinned=request.pinned)
@@ -224,7 +226,7 @@ class Loads:
         self._engine.adapters.count_refusal(request.name, request.base, error)
         reason = error.message.replace("\0", "\\0")
         try:
-            await registry.change(registry.catalogue.mark(request.name, version.number, State.FAILED, reason))
+            await registry.change(registry.catalogue.fail(request.name, version.number, reason))
         except ServiceError:
             # In the catalogue it is still under way, and the next process begins it anew.
             log.exception("the catalogue does not know that the load of %r failed", request.name)

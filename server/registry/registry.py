@@ -17,7 +17,7 @@ from server.auth.caller import Caller
 from server.catalogue.adapters import AdapterCatalogue
 from server.catalogue.catalogue import Catalogue
 from server.catalogue.database import migrate
-from server.catalogue.records import AdapterRecord, Version
+from server.catalogue.records import AdapterRecord, State, Version
 from server.catalogue.url import parse_url
 from server.engine import Engine
 from server.errors import ErrorKind, ServiceError, adapter_not_found
@@ -46,6 +46,8 @@ class Registry:
         self.storage = Storage(settings.storage, settings.max_storage_bytes)
         self.remote = Remote(settings.sources, settings.max_adapter_bytes)
         self.records: dict[str, AdapterRecord] = {}
+        self.loading: dict[str, int] = {}
+        """The number of the version that is being loaded here; in the catalogue it is only registered."""
         self.unserved: dict[str, Version] = {}
         """As failed, versions that are current because other servers could load them."""
         self.changing = asyncio.Lock()
@@ -100,8 +102,11 @@ class Registry:
         raise adapter_not_found(name)
 
     def seen(self, name: str) -> AdapterRecord | None:
-        """An adapter as the catalogue has it, but for a version that this server alone cannot load."""
+        """An adapter as the catalogue has it, but for a version that this server loads now or cannot load."""
         record, version = self.records.get(name), self.unserved.get(name)
+        if record is not None and version is None and (number := self.loading.get(name)) is not None:
+            begun = (v for v in record.versions if v.number == number and v.state is State.REGISTERED)
+            version = next((replace(v, state=State.LOADING) for v in begun), None)
         return record if record is None or version is None else record.having(version)
 
     def own(self, caller: Caller, name: str) -> str:

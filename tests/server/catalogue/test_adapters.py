@@ -5,7 +5,7 @@ import json
 import pytest
 
 from server.catalogue.adapters import AdapterCatalogue
-from server.catalogue.records import Facts, State
+from server.catalogue.records import Facts
 from server.errors import ErrorKind, ServiceError
 
 NAME = "acme/mood"
@@ -38,7 +38,6 @@ async def loaded(adapters, *digests, name=NAME, size=10):
     """An adapter with a version for each digest."""
     for digest in digests:
         number = (await registered(adapters, name)).versions[-1].number
-        await adapters.mark(name, number, State.LOADING)
         record = await adapters.finish(name, number, "folder", facts(digest, size))
     return record
 
@@ -58,15 +57,14 @@ def test_a_version_goes_from_registered_to_ready(using_adapters, clock):
     async def work(adapters, catalogue):
         first = await registered(adapters, pinned=True)
         clock.now += 5
-        marked = await adapters.mark(NAME, 1, State.LOADING)
         finished = await adapters.finish(NAME, 1, "hf://org/repo@1", facts("a"))
         assert await adapters.all() == [finished]
         assert await adapters.find(NAME) == finished
-        return first, marked, finished, await actions(catalogue)
+        return first, finished, await actions(catalogue)
 
-    first, marked, finished, told = using_adapters(work)
-    assert [r.versions[0].state for r in (first, marked, finished)] == ["registered", "loading", "ready"]
-    assert (first.current, marked.current, finished.current) == (None, None, 1)
+    first, finished, told = using_adapters(work)
+    assert [r.versions[0].state for r in (first, finished)] == ["registered", "ready"]
+    assert (first.current, finished.current) == (None, 1)
     assert first.versions[0].under_way
     version = finished.versions[0]
     assert version.facts == facts("a")
@@ -81,7 +79,7 @@ def test_a_failure_says_why_and_is_forgotten_with_the_next_load(using_adapters):
     async def work(adapters, catalogue):
         await loaded(adapters, "a")
         await registered(adapters)
-        failed = await adapters.mark(NAME, 2, State.FAILED, "no such tensor")
+        failed = await adapters.fail(NAME, 2, "no such tensor")
         told = (await actions(catalogue))[-1]
         return failed, told, await registered(adapters)
 
@@ -106,7 +104,7 @@ def test_a_version_that_two_servers_load_is_ready_with_the_first_and_stays_so(us
     async def work(adapters, _):
         await loaded(adapters, "a")
         again = await adapters.finish(NAME, 1, "folder", facts("a"))
-        late = await adapters.mark(NAME, 1, State.FAILED, "the source is down")
+        late = await adapters.fail(NAME, 1, "the source is down")
         return again, late
 
     for record in using_adapters(work):
@@ -178,7 +176,7 @@ def test_a_version_in_use_is_not_removed(using_adapters):
 def test_the_only_version_goes_with_its_adapter(using_adapters):
     async def work(adapters, _):
         await registered(adapters)
-        await adapters.mark(NAME, 1, State.FAILED, "bad")
+        await adapters.fail(NAME, 1, "bad")
         await adapters.remove_version(NAME, 1, actor="test")
 
     assert refusal(using_adapters, work).kind is ErrorKind.VERSION_IN_USE
