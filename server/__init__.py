@@ -2,8 +2,8 @@
 
 import os
 
-SPIN_COUNT = 2000
-"""How often a thread looks whether the others of a pass have come, before it sleeps: some 50 µs of looking.
+SPIN_COUNT = 4000
+"""How often a thread looks whether the others of a pass have come, before it sleeps: some 100 µs of looking.
 
 By default GNU's OpenMP looks for milliseconds, and a pass has hundreds of such meetings. Where another
 process wants a core too, that waiting may keep it from the very thread that is waited for

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from molex.convert import convert
 from molex.errors import MolexError
-from molex.memory import keep_compiled_kernels, keep_freed_memory
+from molex.memory import freeze_what_is_loaded, keep_compiled_kernels, keep_freed_memory
 from molex.merge import merge
 from molex.train.cli import evaluate, train
 from server import logs
@@ -81,6 +81,7 @@ class Server(uvicorn.Server):
         await super().serve(sockets)
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
+        freeze_what_is_loaded()
         await super().startup(sockets)
         if self.started:
             settings = self._engine.settings

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 from pathlib import Path
+from weakref import ref
 
 import torch
 
-from molex.memory import keep_compiled_kernels, keep_freed_memory
+from molex.memory import freeze_what_is_loaded, keep_compiled_kernels, keep_freed_memory
 from molex.prepack import PrepackedLinear
 from tests.forks import run_apart
 
@@ -58,3 +60,29 @@ def test_kernels_are_kept_from_pass_to_pass(tmp_path):
 
 def test_pages_are_kept_from_pass_to_pass():
     assert run_apart(page_faults, keep=True) < run_apart(page_faults, keep=False)
+
+
+def looked_at(*, frozen: bool) -> int:
+    """How many objects a full collection visits where a few thousand lists have been kept from the start."""
+    kept = [[number] for number in range(5000)]
+    if frozen:
+        freeze_what_is_loaded()
+    assert len(kept) == 5000
+    return len(gc.get_objects())
+
+
+def test_collections_leave_out_what_is_frozen():
+    assert run_apart(looked_at, frozen=False) > 5000
+    assert run_apart(looked_at, frozen=True) < 1000
+
+
+def freed_when_let_go() -> bool:
+    thing = torch.nn.Linear(2, 2)
+    gone = ref(thing)
+    freeze_what_is_loaded()
+    del thing
+    return gone() is None
+
+
+def test_what_is_frozen_is_freed_with_its_last_reference():
+    assert run_apart(freed_when_let_go)
