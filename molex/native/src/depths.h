@@ -10,9 +10,8 @@ namespace molex {
 
 // The gates of a depth on the tokens that vote, then the choices of each request from its tokens' logits.
 template <class T>
-void Layers<T>::vote(int64_t depth, const Tensor& hidden, const Requests& requests, std::vector<float>& logits,
+void Layers<T>::vote(int64_t depth, Matrix<const T> hidden, const Requests& requests, std::vector<float>& logits,
                      Region<Scratch<T>>& region) const {
-  const int64_t width = hidden.size(1);
   const Team& everyone = region.everyone;
   everyone.share(requests.ballots(), [&](int64_t i) {
     const int64_t r = requests.voters[i];
@@ -20,7 +19,7 @@ void Layers<T>::vote(int64_t depth, const Tensor& hidden, const Requests& reques
     if (!gate.mixes()) return;
     const Request& request = requests.all[r];
     float* y = logits.data() + i * depth_;
-    dots(row(hidden, request.begin + i - request.first_ballot), gate.weight, depth_, width, 1.0f, y);
+    dots(hidden.row(request.begin + i - request.first_ballot), gate.weight, depth_, hidden.width, 1.0f, y);
     for (int64_t j = 0; j < depth_; ++j) y[j] += gate.bias[j];
   });
   everyone.barrier();
@@ -39,18 +38,15 @@ Tensor Layers<T>::run(const Tensor& hidden, int64_t first, int64_t end, const Re
                       const AttentionShape& shape, const Positions& positions, int64_t& routed_layers) const {
   int64_t places = 0;
   for (const Request& request : requests.all) places += request.count() * (1 + request.top_k);
-  Tensor heads = at::empty({places, shape.columns()}, hidden.options());
-  Tensor attended = at::empty({places, shape.num_heads * shape.head_dim}, hidden.options());
-  Tensor outputs[2] = {at::empty({places, hidden.size(1)}, hidden.options()),
-                       at::empty({places, hidden.size(1)}, hidden.options())};
+  Buffers<T> buffers(places, shape, hidden);
   std::vector<float> logits(requests.ballots() * depth_);
   std::optional<Depth> depth;
   std::optional<Pass> read, finished;
   const int64_t first_routed = size() - depth_;
   in_one_region<Scratch<T>>([&](Region<Scratch<T>>& region) {
     for (int64_t t = first; t < end; ++t) {
-      const Tensor& input = t == first ? hidden : outputs[(t + 1) % 2];
-      Tensor& output = outputs[t % 2];
+      const Matrix<const T> input = t == first ? matrix_of<T>(hidden) : buffers.states[(t + 1) % 2];
+      const Matrix<T> output = buffers.states[t % 2];
       if (requests.mix_at(t)) vote(t, input, requests, logits, region);
       if (region.everyone.rank == 0) {
         depth.emplace(requests, t, first_routed, t == depth_ - 1);
@@ -60,12 +56,12 @@ Tensor Layers<T>::run(const Tensor& hidden, int64_t first, int64_t end, const Re
       }
       region.everyone.barrier();
       region.share_blocks(read->blocks.size(), [&](int64_t i, const Team& team, Scratch<T>& s) {
-        project_block(read->blocks[i], input, depth->read.rows(), *read, team, s, heads);
+        project_block(read->blocks[i], input, depth->read.rows(), *read, team, s, buffers.heads);
       });
       if (positions.cos.numel())
         region.share(depth->read.size(), [&](int64_t place) {
           const Position position = positions.of(depth->read.rows()[place]);
-          T* turning = row(heads, place);
+          T* turning = buffers.heads.row(place);
           for (int64_t head = 0; head < shape.num_heads + shape.num_kv_heads; ++head)
             rotate(turning + head * shape.head_dim, position, shape.head_dim, 1.0f, turning + head * shape.head_dim);
         });
@@ -73,21 +69,21 @@ Tensor Layers<T>::run(const Tensor& hidden, int64_t first, int64_t end, const Re
         const Visit& visit = depth->visits[item / shape.num_kv_heads];
         const Request& request = requests.all[visit.request];
         const int64_t begin = depth->first(request);
-        attend_request(shape, row(heads, visit.begin), request.count(), begin, begin + depth->count(request),
-                       item % shape.num_kv_heads, row(attended, visit.result));
+        attend_request(shape, buffers.heads.row(visit.begin), request.count(), begin, begin + depth->count(request),
+                       item % shape.num_kv_heads, buffers.attended.row(visit.result));
       });
       region.share_blocks(finished->blocks.size(), [&](int64_t i, const Team& team, Scratch<T>& s) {
-        finish_block(finished->blocks[i], input, depth->finished.rows(), attended, *finished, team, s, output);
+        finish_block(finished->blocks[i], input, depth->finished.rows(), buffers.attended, *finished, team, s, output);
       });
       region.share(depth->terms.size(), [&](int64_t r) {
         const int64_t own = depth->visits[r].result;
         for (int64_t i = 0; i < depth->count(requests.all[r]); ++i)
-          mix_row(row(output, 0), depth->terms[r], i, hidden.size(1), row(output, own + i));
+          mix_row(output.values, depth->terms[r], i, output.width, output.row(own + i));
       });
     }
   });
   const Request& final = requests.all.back();
-  return outputs[(end + 1) % 2].narrow(0, 0, depth->visits[requests.size() - 1].result + depth->count(final));
+  return buffers.output(end + 1, depth->visits[requests.size() - 1].result + depth->count(final));
 }
 
 }  // namespace molex

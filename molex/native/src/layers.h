@@ -15,6 +15,7 @@
 #include "pass.h"
 #include "requests.h"
 #include "rows.h"
+#include "tensors.h"
 
 namespace molex {
 
@@ -67,6 +68,26 @@ struct Layer {
   NormWeights first, second;
 };
 
+// What a pass makes of the rows of its places, depth by depth.
+template <class T>
+struct Buffers {
+  Buffers(int64_t count, const AttentionShape& shape, const Tensor& hidden)
+      : tensors{at::empty({count, shape.columns()}, hidden.options()),
+                at::empty({count, shape.num_heads * shape.head_dim}, hidden.options()),
+                at::empty({count, hidden.size(1)}, hidden.options()),
+                at::empty({count, hidden.size(1)}, hidden.options())},
+        heads(matrix_of<T>(tensors[0])),
+        attended(matrix_of<T>(tensors[1])),
+        states{matrix_of<T>(tensors[2]), matrix_of<T>(tensors[3])} {}
+
+  // The first rows [n, d] of what depth t has buffers.
+  Tensor output(int64_t t, int64_t n) const { return tensors[2 + t % 2].narrow(0, 0, n); }
+
+  Tensor tensors[4];
+  Matrix<T> heads, attended;
+  Matrix<T> states[2];  // that of depth t, and that of the depth before it, which it reads
+};
+
 // What one team needs for a block.
 template <class T>
 struct Scratch {
@@ -88,8 +109,10 @@ class Layers {
   // Rows `rows` of hidden [m, d] → queries, keys and values side by side [n, e].
   Tensor project(const Tensor& hidden, const Tensor& rows, const Pass& pass) const {
     Tensor result = at::empty({rows.size(0), layers_[0].project.outputs()}, hidden.options());
+    const Matrix<const T> input = matrix_of<T>(hidden);
+    const Matrix<T> output = matrix_of<T>(result);
     for_each_block<Scratch<T>>(pass.blocks.size(), [&](int64_t i, const Team& team, Scratch<T>& s) {
-      project_block(pass.blocks[i], hidden, rows.const_data_ptr<int64_t>(), pass, team, s, result);
+      project_block(pass.blocks[i], input, rows.const_data_ptr<int64_t>(), pass, team, s, output);
     });
     return result;
   }
@@ -97,8 +120,10 @@ class Layers {
   // Rows `rows` of hidden [m, d], and what attention returned for them [n, w] → the layers' outputs [n, d].
   Tensor finish(const Tensor& hidden, const Tensor& rows, const Tensor& attended, const Pass& pass) const {
     Tensor result = at::empty({rows.size(0), hidden.size(1)}, hidden.options());
+    const Matrix<const T> input = matrix_of<T>(hidden), heads = matrix_of<T>(attended);
+    const Matrix<T> output = matrix_of<T>(result);
     for_each_block<Scratch<T>>(pass.blocks.size(), [&](int64_t i, const Team& team, Scratch<T>& s) {
-      finish_block(pass.blocks[i], hidden, rows.const_data_ptr<int64_t>(), attended, pass, team, s, result);
+      finish_block(pass.blocks[i], input, rows.const_data_ptr<int64_t>(), heads, pass, team, s, output);
     });
     return result;
   }
@@ -120,9 +145,6 @@ class Layers {
   int64_t joined() const { return layers_[0].join.inputs; }
 
  private:
-  static const T* row(const Tensor& x, int64_t i) { return x.const_data_ptr<T>() + i * x.size(1); }
-  static T* row(Tensor& x, int64_t i) { return x.mutable_data_ptr<T>() + i * x.size(1); }
-
   static void write(const float* x, int64_t n, T* y) {
     for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(x[i]);
   }
@@ -134,12 +156,12 @@ class Layers {
     return pass.updates(block, block.layer % depth_ * sites_);
   }
 
-  void vote(int64_t depth, const Tensor& hidden, const Requests& requests, std::vector<float>& logits,
+  void vote(int64_t depth, Matrix<const T> hidden, const Requests& requests, std::vector<float>& logits,
             Region<Scratch<T>>& region) const;
-  void project_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Pass& pass,
-                     const Team& team, Scratch<T>& s, Tensor& result) const;
-  void finish_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Tensor& attended,
-                    const Pass& pass, const Team& team, Scratch<T>& s, Tensor& result) const;
+  void project_block(const Rows& block, Matrix<const T> hidden, const int64_t* rows, const Pass& pass,
+                     const Team& team, Scratch<T>& s, Matrix<T> result) const;
+  void finish_block(const Rows& block, Matrix<const T> hidden, const int64_t* rows, Matrix<const T> attended,
+                    const Pass& pass, const Team& team, Scratch<T>& s, Matrix<T> result) const;
 
   Activation activation_;
   bool gated_, norm_after_;
@@ -149,15 +171,15 @@ class Layers {
 };
 
 template <class T>
-void Layers<T>::project_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Pass& pass,
-                              const Team& team, Scratch<T>& s, Tensor& result) const {
+void Layers<T>::project_block(const Rows& block, Matrix<const T> hidden, const int64_t* rows, const Pass& pass,
+                              const Team& team, Scratch<T>& s, Matrix<T> result) const {
   const BlockUpdates updates = updates_of(block, pass);
   const Layer& layer = layers_[block.layer];
   const int64_t width = layer.project.inputs;
   if (team.rank == 0) s.x.resize(kMaxRows, width), s.hidden.resize(kMaxRows * width);
   team.barrier();
   team.share(updates.rows, [&](int64_t r) {
-    const T* source = row(hidden, rows[block.begin + r]);
+    const T* source = hidden.row(rows[block.begin + r]);
     if (norm_after_) {
       std::copy(source, source + width, s.x.row(r));
     } else {
@@ -171,35 +193,36 @@ void Layers<T>::project_block(const Rows& block, const Tensor& hidden, const int
   multiply(layer.project, s.x, updates, team, s.narrow, [&](const std::vector<Piece>& pieces, float* c) {
     for (const Piece& piece : pieces)
       for (int64_t r = 0; r < updates.rows; ++r)
-        write(c + r * kTile + piece.begin, piece.width, row(result, block.begin + r) + piece.output);
+        write(c + r * kTile + piece.begin, piece.width, result.row(block.begin + r) + piece.output);
   });
 }
 
 // BERT normalizes sums, x = N₁(z + join(a)), z' = N₂(x + down(f(up(x)))); the others inputs,
 // x = z + join(a), z' = x + down(f(up(N₂(x)))).
 template <class T>
-void Layers<T>::finish_block(const Rows& block, const Tensor& hidden, const int64_t* rows, const Tensor& attended,
-                             const Pass& pass, const Team& team, Scratch<T>& s, Tensor& result) const {
+void Layers<T>::finish_block(const Rows& block, Matrix<const T> hidden, const int64_t* rows,
+                             Matrix<const T> attended, const Pass& pass, const Team& team, Scratch<T>& s,
+                             Matrix<T> result) const {
   const Layer& layer = layers_[block.layer];
   const BlockUpdates updates = updates_of(block, pass);
-  const int64_t width = hidden.size(1), inner = layer.down.inputs;
+  const int64_t width = hidden.width, inner = layer.down.inputs;
   if (team.rank == 0) {
-    s.x.resize(kMaxRows, std::max(width, attended.size(1)));
+    s.x.resize(kMaxRows, std::max(width, attended.width));
     s.wide.resize(kMaxRows, inner);
     s.hidden.resize(kMaxRows * width);
-    s.x.resize(kMaxRows, attended.size(1));
+    s.x.resize(kMaxRows, attended.width);
   }
   team.barrier();
   team.share(updates.rows, [&](int64_t r) {
-    const T* source = row(attended, block.begin + r);
-    std::copy(source, source + attended.size(1), s.x.row(r));
+    const T* source = attended.row(block.begin + r);
+    std::copy(source, source + attended.width, s.x.row(r));
     clear_tail(s.x, r);
   });
   team.barrier();
   multiply(layer.join, s.x, updates, team, s.narrow, [&](const std::vector<Piece>& pieces, float* c) {
     for (const Piece& piece : pieces)
       for (int64_t r = 0; r < updates.rows; ++r) {
-        const T* residual = row(hidden, rows[block.begin + r]) + piece.output;
+        const T* residual = hidden.row(rows[block.begin + r]) + piece.output;
         float* sum = s.hidden.data() + r * width + piece.output;
         const float* y = c + r * kTile + piece.begin;
         for (int64_t j = 0; j < piece.width; ++j) sum[j] = y[j] + static_cast<float>(residual[j]);
@@ -240,7 +263,7 @@ void Layers<T>::finish_block(const Rows& block, const Tensor& hidden, const int6
   team.barrier();
   team.share(updates.rows, [&](int64_t r) {
     const float* sum = s.hidden.data() + r * width;
-    T* target = row(result, block.begin + r);
+    T* target = result.row(block.begin + r);
     if (norm_after_)
       normalize(sum, target, width, layer.second.view(eps_));
     else
@@ -255,33 +278,30 @@ Tensor Layers<T>::decode(const Tensor& hidden, const std::vector<DecodingDepth>&
                          const Positions& positions) const {
   int64_t places = 0;
   for (const DecodingDepth& depth : depths) places = std::max(places, depth.places());
-  Tensor heads = at::empty({places, shape.columns()}, hidden.options());
-  Tensor attended = at::empty({places, shape.num_heads * shape.head_dim}, hidden.options());
-  Tensor outputs[2] = {at::empty({places, hidden.size(1)}, hidden.options()),
-                       at::empty({places, hidden.size(1)}, hidden.options())};
+  Buffers<T> buffers(places, shape, hidden);
   in_one_region<Scratch<T>>([&](Region<Scratch<T>>& region) {
     for (size_t t = 0; t < depths.size(); ++t) {
       const DecodingDepth& depth = depths[t];
-      const Tensor& input = t == 0 ? hidden : outputs[(t + 1) % 2];
-      Tensor& output = outputs[t % 2];
+      const Matrix<const T> input = t == 0 ? matrix_of<T>(hidden) : buffers.states[(t + 1) % 2];
+      const Matrix<T> output = buffers.states[t % 2];
       const int64_t* rows = depth.rows.const_data_ptr<int64_t>();
       region.share_blocks(depth.pass.blocks.size(), [&](int64_t i, const Team& team, Scratch<T>& s) {
-        project_block(depth.pass.blocks[i], input, rows, depth.pass, team, s, heads);
+        project_block(depth.pass.blocks[i], input, rows, depth.pass, team, s, buffers.heads);
       });
       region.share(depth.places() * shape.num_kv_heads, [&](int64_t item) {
         const int64_t place = item / shape.num_kv_heads;
-        attend_cached(shape, positions.of(rows[place]), row(heads, place), depth.template cached<T>(place),
-                      item % shape.num_kv_heads, row(attended, place));
+        attend_cached(shape, positions.of(rows[place]), buffers.heads.row(place), depth.template cached<T>(place),
+                      item % shape.num_kv_heads, buffers.attended.row(place));
       });
       region.share_blocks(depth.pass.blocks.size(), [&](int64_t i, const Team& team, Scratch<T>& s) {
-        finish_block(depth.pass.blocks[i], input, rows, attended, depth.pass, team, s, output);
+        finish_block(depth.pass.blocks[i], input, rows, buffers.attended, depth.pass, team, s, output);
       });
       region.share(depth.terms.size(), [&](int64_t i) {
-        mix_row(row(output, 0), depth.terms[i], 0, hidden.size(1), row(output, i));
+        mix_row(output.values, depth.terms[i], 0, output.width, output.row(i));
       });
     }
   });
-  return outputs[(depths.size() + 1) % 2].narrow(0, 0, hidden.size(0));
+  return buffers.output(depths.size() + 1, hidden.size(0));
 }
 
 }  // namespace molex
