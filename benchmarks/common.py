@@ -22,7 +22,7 @@ from molex import BARE, MolexModel, Row
 from molex.adapter import Adapter, assemble, new_adapter
 from molex.backbone import BaseSpec
 from molex.config import AdapterConfig, MolexConfig
-from molex.memory import keep_compiled_kernels, keep_freed_memory
+from molex.memory import freeze_what_is_loaded, keep_compiled_kernels, keep_freed_memory
 from molex.native.weights import Bits
 
 PROJECT = Path(__file__).parents[1]
@@ -115,7 +115,11 @@ def in_turn(contestants: Sequence[Contestant]) -> Contestant:
 
 
 def measure(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, float]:
-    """Median seconds of each. Every round runs all of them once, in a new order; the first only warms up."""
+    """Median seconds of each. Every round runs all of them once, in a new order; the first only warms up.
+
+    What is loaded by now is out of garbage collections, for all contestants alike, as it is in the server.
+    """
+    freeze_what_is_loaded()
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     order = list(contestants)
     rng = random.Random(0)
