@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from threading import Condition, Thread
@@ -54,7 +53,6 @@ class Engine:
             max_sequences=settings.max_sequences,
             max_queue=settings.max_queue,
         )
-        self._alone: deque[Sequence] = deque()
         self._wake = Condition()
         self._stopping = False
         self._heartbeat = Heartbeat(settings.max_stall_seconds)
@@ -115,38 +113,26 @@ class Engine:
         async with in_time(deadline):
             return await self._pool.run(function, *args, **kwargs)
 
-    def submit(self, sequences: Seq[Sequence], deadline: float) -> Submission:
+    def submit(self, sequences: Seq[Sequence], deadline: float, *, beyond_limit: bool = False) -> Submission:
         """Admit the sequences of one request, all of them on one base.
 
         At `deadline`, on the clock of the event loop, what has not ended is dropped and fails with 504.
-        Raises ServiceError: 429 where the queue is full, 503 where the worker has stopped or is stuck.
+        Raises ServiceError: 429 where the queue is full, unless this may go `beyond_limit`; 503 where the
+        worker has stopped or is stuck.
         """
         submission = Submission(sequences, self._cancel)
         now = perf_counter()
         for sequence in sequences:
             sequence.timings.queued = now
         with self._wake:
-            self._check_running()
-            self._scheduler.add(sequences)
+            if self._stopping:
+                raise stopping_error()
+            if self._heartbeat.stuck:
+                raise stuck_error()
+            self._scheduler.add(sequences, beyond_limit=beyond_limit)
             self._wake.notify()
         submission.expire_at(deadline)
         return submission
-
-    def submit_alone(self, sequence: Sequence, deadline: float) -> Submission:
-        """Admit a prompt ahead of the queue, to a step of its own; otherwise as `submit`."""
-        submission = Submission([sequence], self._cancel)
-        with self._wake:
-            self._check_running()
-            self._alone.append(sequence)
-            self._wake.notify()
-        submission.expire_at(deadline)
-        return submission
-
-    def _check_running(self) -> None:
-        if self._stopping:
-            raise stopping_error()
-        if self._heartbeat.stuck:
-            raise stuck_error()
 
     def _cancel(self, sequences: Seq[Sequence]) -> None:
         for sequence in sequences:
@@ -180,8 +166,6 @@ class Engine:
             while not self._stopping:
                 self._rounds += 1
                 self._drop_cancelled()
-                if self._alone:
-                    return Batch(self._alone[0].base, (self._alone[0],))
                 if batch := self._scheduler.schedule():
                     self._mark_started(batch)
                     return batch
@@ -211,8 +195,6 @@ class Engine:
         record(self.metrics, batch.base, output)
         with self._wake:
             self._scheduler.postprocess(batch)
-            if self._alone and batch.sequences == (self._alone[0],):
-                self._alone.popleft()
         self._deliver(output.updates)
 
     def _deliver(self, updates: Iterable[Update]) -> None:
@@ -235,7 +217,7 @@ class Engine:
     def _give_up(self) -> None:
         """Answer everything that waits on a worker that is stuck; should it go on, it drops all of it."""
         with self._wake:
-            sequences = [*self._alone, *self._scheduler.running(), *self._scheduler.waiting()]
+            sequences = [*self._scheduler.running(), *self._scheduler.waiting()]
         left = [sequence for sequence in sequences if not sequence.cancelled]
         if left:
             log.critical("the worker thread is stuck; %d sequences get 503", len(left))
@@ -247,7 +229,7 @@ class Engine:
         with self._wake:
             error = stopping_error() if self._stopping else internal_error()
             self._stopping = True
-            left = [*self._scheduler.drop_all(), *self._alone]
+            left = self._scheduler.drop_all()
         self._deliver(Update(sequence, error=error) for sequence in left)
 
     def _adapters_in_use(self, bases: Iterable[str]) -> set[Adapter]:

@@ -211,11 +211,11 @@ class Scheduler(Generic[S]):
     def running(self) -> list[S]:
         return [sequence for queue in self._queues.values() for sequence in queue.started]
 
-    def add(self, sequences: Sequence[S]) -> None:
+    def add(self, sequences: Sequence[S], *, beyond_limit: bool = False) -> None:
         """Queue the sequences of one request, all of them or, where the queue is full, none.
 
         A tenant fills a queue of its own, so that its flood refuses nobody else. Raises ServiceError: 429, to
-        be retried, or 400 where one needs more cache than there is.
+        be retried, unless they may go `beyond_limit`; 400 where one needs more cache than there is.
         """
         queue = self._queues[sequences[0].base]
         if (most := max(sequence.num_pages for sequence in sequences)) > queue.num_pages:
@@ -223,7 +223,8 @@ class Scheduler(Generic[S]):
                 f"prompt and max_tokens need {most} pages of the key-value cache; it has {queue.num_pages}"
             )
             raise ServiceError(ErrorKind.CONTEXT_LENGTH, message, param="max_tokens")
-        if queue.waiting.count(sequences[0].tenant) + len(sequences) > self._max_queue:
+        length = queue.waiting.count(sequences[0].tenant) + len(sequences)
+        if length > self._max_queue and not beyond_limit:
             message = f"the queue of {sequences[0].base} is full ({self._max_queue} sequences)"
             raise ServiceError(ErrorKind.OVERLOADED, message, retry_after=1)
         queue.waiting.extend(sequences)

@@ -192,7 +192,7 @@ class Loads:
         files, source = await self._files(request)
         base, adapter = await self._engine.loader.run(store.sources.fit, files, request.base)
         store.check_room(request.name, adapter.nbytes, pinned=request.pinned)
-        await warm_up(self._engine, base, adapter)
+        await warm_up(self._engine, base, adapter, tenant_of(request.name))
         with registry.hold(files.digest):
             await self._engine.loader.run(registry.storage.put, files)
             async with registry.changing:

@@ -10,18 +10,25 @@ from server.errors import ErrorKind, ServiceError
 from server.sequence import Sequence
 
 TEXT = "A short text."
+FIRST = -(2**31) - 1
+"""A priority before all that a request may have."""
 
 
-async def warm_up(engine: Engine, base: str, adapter: Adapter) -> None:
-    """Run a short text through an adapter on the worker, in a step of its own.
+async def warm_up(engine: Engine, base: str, adapter: Adapter, tenant: str | None) -> None:
+    """Run a short text through an adapter on the worker, the first of what waits of its tenant.
+
+    It shares a step with the requests that are there, which would all wait for a step of its own. A full
+    queue does not refuse it: there are no more warm-ups than loads at a time.
 
     Raises ServiceError (400) where that fails or gives a number that is not finite.
     """
     deadline = asyncio.get_running_loop().time() + engine.settings.max_request_seconds
     encode = engine.bases[base].tokenization.encode
     [prompt] = await engine.in_pool(deadline, encode, [TEXT], "text", truncate=True)
-    sequence = Sequence(base, adapter, prompt.token_ids, token_type_ids=prompt.token_type_ids)
-    submission = engine.submit_alone(sequence, deadline)
+    sequence = Sequence(
+        base, adapter, prompt.token_ids, tenant, priority=FIRST, token_type_ids=prompt.token_type_ids
+    )
+    submission = engine.submit([sequence], deadline, beyond_limit=True)
     try:
         await submission.finished()
     except ServiceError as error:

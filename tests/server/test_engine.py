@@ -479,8 +479,8 @@ def test_a_reload_under_traffic_leaves_running_requests_on_their_weights(
     before = threads.submit(live.complete, **body, stream=True)
     held.until(lambda: len(held.batches) == 1)
     loading = threads.submit(put, 71)
-    # Its warm-up is the step that comes next.
-    held.until(lambda: bool(live.engine._alone))
+    # Its warm-up is in the step that comes next.
+    held.until(lambda: waiting(live, "dec") == 1)
     held.release()
     new = loading.result()
     events = [line.removeprefix("data: ") for line in before.result().text.split("\n\n")[:-2]]

@@ -169,6 +169,13 @@ def test_a_full_queue_refuses_all_of_a_request():
     assert target.num_waiting("a") == 2
 
 
+def test_a_full_queue_takes_what_may_go_beyond_its_limit():
+    target = scheduler(queue=1)
+    target.add([Work(1)])
+    target.add([Work(1)], beyond_limit=True)
+    assert target.num_waiting("a") == 2
+
+
 def test_cancelled_work_is_dropped_waiting_or_running():
     target = scheduler()
     works = [Work(1, outputs=9), Work(1, outputs=9), Work(1, outputs=9)]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from server.registry import warm_up
 from tests.server.conftest import Live
+from tests.server.looks import waiting
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -224,6 +225,25 @@ def test_weights_that_overflow_fail_their_warm_up_alone(live, put, make_adapters
     assert "warm-up" in answer.json()["error"]["message"]
     assert live.http.get("/v1/adapters/x").json()["reason"] == answer.json()["error"]["message"]
     assert digest_of(live, "x") == digest
+
+
+def test_a_warm_up_that_fails_changes_no_answer_of_its_step(live, brake, make_adapters, upload, tmp_path):
+    request = {"model": "mood", "input": "w3 w1"}
+    expected = live.classify(**request).json()["data"][0]["probs"]
+    folder = make_adapters(tmp_path) / "mood"
+    spoil(folder, lambda tensors: {n: t.double() * 1e200 if "lora" in n else t for n, t in tensors.items()})
+    held = brake(live, "enc")
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(live.classify, **request)
+        held.until(lambda: len(held.batches) == 1)
+        beside = pool.submit(live.classify, **request)
+        loading = pool.submit(upload, "x", folder)
+        held.until(lambda: waiting(live, "enc") == 2)
+        held.release()
+    assert code_of(loading.result()) == (400, "invalid_adapter")
+    assert [len(batch) for batch in held.batches] == [1, 2]
+    for answer in (first.result(), beside.result()):
+        assert answer.json()["data"][0]["probs"] == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_old_version_serves_until_the_new_one_has_passed(live, put, monkeypatch):
