@@ -70,7 +70,7 @@ class AdapterCatalogue:
                 "created": now,
                 "updated": now,
             }
-            await connection.execute(insert(versions).values(row))
+            await connection.execute(insert(versions), row)
             detail = {"version": number, "source": source}
             await self._append(connection, actor, "adapter.register", name, detail)
             return await _known(connection, name)
@@ -173,12 +173,12 @@ class AdapterCatalogue:
 
     async def _change(self, connection: AsyncConnection, name: str, number: int, values: Values) -> None:
         changed = {**values, "updated": self._catalogue.now()}
-        await connection.execute(update(versions).where(_one(name, number)).values(changed))
+        await connection.execute(update(versions).where(_one(name, number)), changed)
 
     async def _set_current(
         self, connection: AsyncConnection, name: str, number: int, actor: str, action: str, detail: Values
     ) -> None:
-        await connection.execute(update(adapters).where(adapters.c.name == name).values(current=number))
+        await connection.execute(update(adapters).where(adapters.c.name == name), {"current": number})
         await self._append(connection, actor, action, name, detail)
 
     async def _append(
@@ -217,7 +217,8 @@ async def _next_number(connection: AsyncConnection, name: str) -> int:
     if number is None:
         await _check_count(connection, _tenant(name), tuple(State))
         number = 1
-        await connection.execute(insert(adapters).values(name=name, tenant=_tenant(name), last=number))
+        row = {"name": name, "tenant": _tenant(name), "last": number}
+        await connection.execute(insert(adapters), row)
     return number
 
 

@@ -48,8 +48,8 @@ async def append(
     text = json.dumps(detail, sort_keys=True)
     entry = AuditEntry(newest + 1, time, actor, action, subject, text, "")
     hashed = entry_hash(entry, previous)
-    await connection.execute(insert(audit_entries).values(vars(entry) | {"hash": hashed}))
-    await connection.execute(update(audit_head).values(number=entry.number, hash=hashed))
+    await connection.execute(insert(audit_entries), vars(entry) | {"hash": hashed})
+    await connection.execute(update(audit_head), {"number": entry.number, "hash": hashed})
     connection.info[HEAD] = entry.number, hashed
     return AuditEntry(**vars(entry) | {"hash": hashed})
 
