@@ -29,9 +29,13 @@ def access_of(request: Request) -> Access:
     return access
 
 
-async def _engine(request: Request) -> Engine:
+def engine_of(request: Request) -> Engine:
     engine: Engine = request.app.state.engine
     return engine
+
+
+async def _engine(request: Request) -> Engine:
+    return engine_of(request)
 
 
 async def _access(request: Request) -> Access:

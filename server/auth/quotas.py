@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack
 
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage
@@ -25,24 +24,25 @@ class Quotas:
         self._limiter = SlidingWindowCounterRateLimiter(self._counts)
         self._running: Counter[str] = Counter()
 
-    @asynccontextmanager
-    async def request(self, caller: Caller) -> AsyncIterator[None]:
-        """Around a request of a caller. Raises ServiceError (429) where it is one too many."""
+    async def begin(self, caller: Caller, ending: ExitStack) -> None:
+        """Count a request of a caller, as under way until `ending` closes.
+
+        Raises ServiceError (429) where it is one too many.
+        """
         tenant, quota = caller.tenant, caller.quota
         if tenant is None:
-            yield
             return
         if quota.concurrency is not None and self._running[tenant] >= quota.concurrency:
             message = f"{tenant} has {self._running[tenant]} requests under way, which is its limit"
             raise ServiceError(ErrorKind.QUOTA, message, retry_after=1)
         self._running[tenant] += 1
-        try:
-            await self._spend("requests", tenant, quota.requests_per_minute, 1)
-            yield
-        finally:
-            self._running[tenant] -= 1
-            if not self._running[tenant]:
-                del self._running[tenant]
+        ending.callback(self._end, tenant)
+        await self._spend("requests", tenant, quota.requests_per_minute, 1)
+
+    def _end(self, tenant: str) -> None:
+        self._running[tenant] -= 1
+        if not self._running[tenant]:
+            del self._running[tenant]
 
     async def tokens(self, caller: Caller, count: int) -> None:
         """Spend tokens: of the prompts, and as many as may be generated.

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Select, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Select, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from server.catalogue.catalogue import Catalogue
@@ -22,6 +22,13 @@ from server.catalogue.tables import adapters, tenants
 from server.errors import ErrorKind, ServiceError, adapter_not_found
 
 Values = Mapping[str, Any]
+RECORDS = (
+    select(adapters.c.name, adapters.c.current, versions, aliases.c.alias)
+    .select_from(adapters.outerjoin(versions))
+    .outerjoin(aliases, (aliases.c.adapter == versions.c.adapter) & (aliases.c.number == versions.c.number))
+    .order_by(adapters.c.name, versions.c.number)
+)
+"""A row for each version of each adapter, or for each of its aliases where it has any."""
 
 
 class AdapterCatalogue:
@@ -63,7 +70,7 @@ class AdapterCatalogue:
                 "created": now,
                 "updated": now,
             }
-            await connection.execute(insert(versions).values(row))
+            await connection.execute(insert(versions), row)
             detail = {"version": number, "source": source}
             await self._append(connection, actor, "adapter.register", name, detail)
             return await _known(connection, name)
@@ -166,12 +173,12 @@ class AdapterCatalogue:
 
     async def _change(self, connection: AsyncConnection, name: str, number: int, values: Values) -> None:
         changed = {**values, "updated": self._catalogue.now()}
-        await connection.execute(update(versions).where(_one(name, number)).values(changed))
+        await connection.execute(update(versions).where(_one(name, number)), changed)
 
     async def _set_current(
         self, connection: AsyncConnection, name: str, number: int, actor: str, action: str, detail: Values
     ) -> None:
-        await connection.execute(update(adapters).where(adapters.c.name == name).values(current=number))
+        await connection.execute(update(adapters).where(adapters.c.name == name), {"current": number})
         await self._append(connection, actor, action, name, detail)
 
     async def _append(
@@ -186,26 +193,21 @@ def _tenant(name: str) -> str | None:
 
 async def _records(connection: AsyncConnection, name: str | None = None) -> list[AdapterRecord]:
     """All adapters, or the one of a name."""
-
-    async def rows(query: Select[Any], owner: Column[Any]) -> Iterable[Mapping[Any, Any]]:
-        found = await connection.execute(query if name is None else query.where(owner == name))
-        return [row._mapping for row in found]
-
-    named: defaultdict[str, dict[str, int]] = defaultdict(dict)
-    for row in await rows(select(aliases).order_by(aliases.c.adapter, aliases.c.alias), aliases.c.adapter):
-        named[row["adapter"]][row["alias"]] = row["number"]
-    with_versions = (
-        select(adapters.c.name, adapters.c.current, versions)
-        .select_from(adapters.outerjoin(versions))
-        .order_by(adapters.c.name, versions.c.number)
-    )
+    query = RECORDS if name is None else RECORDS.where(adapters.c.name == name)
     current: dict[str, int | None] = {}
-    kept: defaultdict[str, list[Version]] = defaultdict(list)
-    for row in await rows(with_versions, adapters.c.name):
-        current[row["name"]] = row["current"]
-        if row["number"] is not None:
-            kept[row["name"]].append(_version(row))
-    return [AdapterRecord(name, number, tuple(kept[name]), named[name]) for name, number in current.items()]
+    kept: defaultdict[str, dict[int, Version]] = defaultdict(dict)
+    named: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for row in (await connection.execute(query)).mappings():
+        owner, number = row["name"], row["number"]
+        current[owner] = row["current"]
+        if number is not None and number not in kept[owner]:
+            kept[owner][number] = _version(row)
+        if row["alias"] is not None:
+            named[owner][row["alias"]] = number
+    return [
+        AdapterRecord(name, number, tuple(kept[name].values()), dict(sorted(named[name].items())))
+        for name, number in current.items()
+    ]
 
 
 async def _next_number(connection: AsyncConnection, name: str) -> int:
@@ -215,7 +217,8 @@ async def _next_number(connection: AsyncConnection, name: str) -> int:
     if number is None:
         await _check_count(connection, _tenant(name), tuple(State))
         number = 1
-        await connection.execute(insert(adapters).values(name=name, tenant=_tenant(name), last=number))
+        row = {"name": name, "tenant": _tenant(name), "last": number}
+        await connection.execute(insert(adapters), row)
     return number
 
 

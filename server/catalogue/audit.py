@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from sqlalchemy import Row, insert, select, update
+from sqlalchemy import Row, insert, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from server.catalogue.records import AuditEntry
@@ -15,6 +15,8 @@ from server.catalogue.tables import audit_entries, audit_head
 
 FIRST_HASH = "0" * 64
 """What stands for the hash of the entry before the first."""
+HEAD = "audit_head"
+"""Where a connection keeps the number and the hash of the newest entry."""
 
 
 def entry_hash(entry: AuditEntry, previous: str) -> str:
@@ -24,8 +26,12 @@ def entry_hash(entry: AuditEntry, previous: str) -> str:
 
 
 async def lock(connection: AsyncConnection) -> None:
-    """Make this transaction the only one that writes. It has to be its first statement."""
-    await connection.execute(update(audit_head).values(id=1))
+    """Make this transaction the only one that writes. It has to be its first statement.
+
+    The newest entry cannot change from now on, so that the connection keeps what `append` needs of it.
+    """
+    locked = update(audit_head).values(id=1).returning(audit_head.c.number, audit_head.c.hash)
+    connection.info[HEAD] = (await connection.execute(locked)).one()
 
 
 async def append(
@@ -38,12 +44,13 @@ async def append(
     detail: Mapping[str, Any],
 ) -> AuditEntry:
     """Add an entry within a transaction that holds the lock."""
-    head = (await connection.execute(select(audit_head.c.number, audit_head.c.hash))).one()
+    newest, previous = connection.info[HEAD]
     text = json.dumps(detail, sort_keys=True)
-    entry = AuditEntry(head.number + 1, time, actor, action, subject, text, "")
-    hashed = entry_hash(entry, head.hash)
-    await connection.execute(insert(audit_entries).values(vars(entry) | {"hash": hashed}))
-    await connection.execute(update(audit_head).values(number=entry.number, hash=hashed))
+    entry = AuditEntry(newest + 1, time, actor, action, subject, text, "")
+    hashed = entry_hash(entry, previous)
+    await connection.execute(insert(audit_entries), vars(entry) | {"hash": hashed})
+    await connection.execute(update(audit_head), {"number": entry.number, "hash": hashed})
+    connection.info[HEAD] = entry.number, hashed
     return AuditEntry(**vars(entry) | {"hash": hashed})
 
 

@@ -27,7 +27,9 @@ IMMEDIATE = "IMMEDIATE"
 def connect(url: URL) -> AsyncEngine:
     """A pool of connections for an event loop."""
     driver = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}[url.drivername]
-    engine = create_async_engine(url.set(drivername=driver), pool_pre_ping=True, **_options(url))
+    # A connection to a server may have ended while it was in the pool; one to a file does not.
+    remote = url.drivername != "sqlite"
+    engine = create_async_engine(url.set(drivername=driver), pool_pre_ping=remote, **_options(url))
     _prepare(engine.sync_engine)
     return engine
 

@@ -6,13 +6,15 @@ A handler asks for its caller, `caller: Infer`; one that lets everybody in has `
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Request
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
+from fastapi.security.base import SecurityBase
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
@@ -20,7 +22,7 @@ from starlette.types import Scope as AsgiScope
 from server.auth.access import Access
 from server.auth.caller import Caller
 from server.catalogue.records import Scope
-from server.deps import EngineDep, access_of
+from server.deps import access_of, engine_of
 from server.errors import ErrorKind, ServiceError, error_of_status, stopping_error
 from server.settings import MAX_REQUEST_SECONDS
 
@@ -30,15 +32,19 @@ UNCOUNTED = frozenset({Scope.ADMIN, Scope.METRICS})
 """What operators do is not held against the quota of a tenant."""
 
 
-class Needs:
-    """A dependency that lets in callers with a scope, within their quota, and gives the caller."""
+class Needs(SecurityBase):
+    """A dependency that lets in callers with a scope, within their quota, and gives the caller.
+
+    The OpenAPI document has it as `BEARER`, which need not run: `Authentication` has read the header.
+    """
+
+    model = BEARER.model
+    scheme_name = BEARER.scheme_name
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
 
-    async def __call__(
-        self, request: Request, _: Annotated[object, Depends(BEARER)]
-    ) -> AsyncIterator[Caller]:
+    async def __call__(self, request: Request) -> Caller:
         access = access_of(request)
         if not access.answers(self.scope, request.scope["server"][1]):
             raise error_of_status(404, f"Not Found: {request.method} {request.url.path}")
@@ -48,11 +54,9 @@ class Needs:
         if self.scope not in caller.scopes:
             message = f"the API key has no scope {self.scope}"
             raise ServiceError(ErrorKind.MISSING_SCOPE, message)
-        if self.scope in UNCOUNTED:
-            yield caller
-            return
-        async with access.quotas.request(caller):
-            yield caller
+        if self.scope not in UNCOUNTED:
+            await access.quotas.begin(caller, request.state.ending)
+        return caller
 
 
 async def _let_in() -> None:
@@ -68,7 +72,6 @@ Administer = Annotated[Caller, Depends(Needs(Scope.ADMIN))]
 
 async def _may_infer(
     request: Request,
-    engine: EngineDep,
     caller: Annotated[Caller, Depends(Needs(Scope.INFER))],
     timeout: Annotated[
         float | None, Header(alias=TIMEOUT_HEADER, gt=0, le=MAX_REQUEST_SECONDS, allow_inf_nan=False)
@@ -79,6 +82,7 @@ async def _may_infer(
     The header says how long the client waits, which the server need not make use of. Raises ServiceError
     (503) while the server shuts down.
     """
+    engine = engine_of(request)
     if engine.draining:
         raise stopping_error()
     limit = engine.settings.max_request_seconds
@@ -140,7 +144,8 @@ class Authentication:
         except ServiceError as error:
             state["caller"] = error
             receive = _without_body(receive)
-        await self._app(scope, receive, send)
+        with ExitStack() as state["ending"]:
+            await self._app(scope, receive, send)
 
 
 def _without_body(receive: Receive) -> Receive:

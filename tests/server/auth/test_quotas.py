@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 
 import pytest
 
@@ -23,8 +24,8 @@ def caller(tenant: str = "acme", **quota: int) -> Caller:
 async def ask(quotas: Quotas, who: Caller, times: int = 1) -> ServiceError | None:
     try:
         for _ in range(times):
-            async with quotas.request(who):
-                pass
+            with ExitStack() as ending:
+                await quotas.begin(who, ending)
     except ServiceError as error:
         return error
     return None
@@ -59,7 +60,9 @@ def test_a_tenant_without_requests_is_refused(clock):
 def test_requests_under_way_are_counted_and_given_back():
     async def work():
         quotas, who = Quotas(), caller(concurrency=2)
-        async with quotas.request(who), quotas.request(who):
+        with ExitStack() as ending:
+            await quotas.begin(who, ending)
+            await quotas.begin(who, ending)
             refused = await ask(quotas, who)
             other = await ask(quotas, caller("other", concurrency=2))
         return refused, other, await ask(quotas, who)

@@ -155,6 +155,18 @@ def test_an_alias_is_moved_and_removed(using_adapters):
     assert told == ["adapter.alias", "adapter.alias", "adapter.alias_remove"]
 
 
+def test_a_version_of_many_names_is_one_version(using_adapters):
+    async def work(adapters, _):
+        await loaded(adapters, "a", "b")
+        for alias in ("prod", "canary", "Best"):
+            await adapters.set_alias(NAME, alias, 1, actor="test")
+        return await adapters.all()
+
+    [record] = using_adapters(work)
+    assert [version.number for version in record.versions] == [1, 2]
+    assert list(record.aliases.items()) == [("Best", 1), ("canary", 1), ("prod", 1)]
+
+
 def test_a_version_in_use_is_not_removed(using_adapters):
     async def work(adapters, _):
         await loaded(adapters, "a", "b", "c")
