@@ -80,7 +80,7 @@ struct Buffers {
         attended(matrix_of<T>(tensors[1])),
         states{matrix_of<T>(tensors[2]), matrix_of<T>(tensors[3])} {}
 
-  // The first rows [n, d] of what depth t has buffers.
+  // The first rows [n, d] of what depth t has made.
   Tensor output(int64_t t, int64_t n) const { return tensors[2 + t % 2].narrow(0, 0, n); }
 
   Tensor tensors[4];
