@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from benchmarks.common import DTYPES, Contestant, mixing_everywhere
 from benchmarks.peers import PeerError, free_port, peer_python, running, tail
-from loadtests.client import connection_pool
 from molex import MolexModel, read_adapter, write_adapter
 from molex.adapter import assemble, new_adapter
 
 RANK = 8
 START_SECONDS = 600
+ANSWER_SECONDS = 600
 PAD = 0
 
 
@@ -98,21 +99,27 @@ def vllm_server(
 
 
 def over_http(url: str, load: Workload, kind: str) -> Contestant:
-    """Streams the workload from a server that speaks OpenAI's completions, each prompt in its own request."""
+    """Streams the workload from a server that speaks OpenAI's completions, each prompt in its own request.
 
-    async def ask_all() -> None:
-        async with connection_pool(url) as http:
-            requests = zip(load.names(kind), load.prompts, strict=True)
-            await asyncio.gather(*(ask(http, name, prompt) for name, prompt in requests))
+    The client is the standard library's: it shares the cores with the server, and a heavier one would be
+    measured too.
+    """
 
-    async def ask(http: httpx.AsyncClient, name: str, prompt: Sequence[int]) -> None:
+    def ask(name: str, prompt: Sequence[int]) -> None:
         body: dict[str, Any] = {"model": name, "prompt": prompt, "max_tokens": load.tokens, "temperature": 0}
         body |= {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
-        async with http.stream("POST", "/v1/completions", json=body) as response:
-            lines = [line async for line in response.aiter_lines() if line]
+        with closing(HTTPConnection(urlsplit(url).netloc, timeout=ANSWER_SECONDS)) as connection:
+            headers = {"content-type": "application/json"}
+            connection.request("POST", "/v1/completions", json.dumps(body), headers)
+            answer = connection.getresponse().read().decode()
+        lines = [line for line in answer.split("\n") if line]
         check_count(name, generated_tokens(lines), load.tokens)
 
-    return lambda: asyncio.run(ask_all())
+    def ask_all() -> None:
+        with ThreadPoolExecutor(len(load.prompts)) as pool:
+            list(pool.map(ask, load.names(kind), load.prompts))
+
+    return ask_all
 
 
 def generated_tokens(lines: Sequence[str]) -> int:
