@@ -127,6 +127,10 @@ class FairQueue(Generic[Q]):
         """How many of a tenant's wait."""
         return len(self._waiting.get(tenant, ()))
 
+    def counts(self) -> Counter[str | None]:
+        """How many of each tenant wait."""
+        return Counter({tenant: len(line) for tenant, line in self._waiting.items()})
+
     def extend(self, sequences: Iterable[Q]) -> None:
         for sequence in sequences:
             self._line(sequence.tenant).add(next(self._numbers), sequence)

@@ -283,7 +283,47 @@ def test_generations_of_a_flood_leave_places_to_one_who_asks_for_little():
     target.add([Work(1, outputs=9, tenant="flood") for _ in range(20)])
     assert [work.tenant for work in step(target)] == ["flood"] * 2
     target.add([Work(1, outputs=9, tenant="light")])
-    assert Counter(work.tenant for work in step(target)) == {"flood": 2, "light": 1}
+    assert Counter(work.tenant for work in step(target)) == {"flood": 1, "light": 1}
+    assert target.num_running("a") == 3
+
+
+def test_beside_one_with_less_work_the_generations_of_a_flood_take_turns():
+    target = scheduler(budget=100, slots=9)
+    flood = [Work(1, outputs=7, tenant="flood") for _ in range(6)]
+    target.add(flood)
+    step(target)
+    light = Work(1, outputs=7, tenant="light")
+    target.add([light])
+    for _ in range(6):
+        assert Counter(work.tenant for work in step(target)) == {"light": 1, "flood": 2}
+    assert [work.done for work in [light, *flood]] == [6] + [1 + 2] * 6
+    step(target)
+    assert light.finished
+    # Alone again it takes all of them.
+    assert [len(step(target)) for _ in range(3)] == [6, 6, 6]
+
+
+def test_beside_one_whose_only_generation_waits_those_of_a_flood_take_turns():
+    target = scheduler(budget=100, slots=4)
+    flood = [Work(1, outputs=9, tenant="flood") for _ in range(4)]
+    target.add(flood)
+    step(target)
+    target.add([Work(1, outputs=9, tenant="light")])
+    assert [step(target) for _ in range(4)] == [[work] for work in flood]
+
+
+def test_generations_of_tenants_with_as_much_work_all_run():
+    target = scheduler(budget=100, slots=9)
+    for tenant in "xyz":
+        target.add([Work(1, outputs=3, tenant=tenant) for _ in range(3)])
+    assert [len(step(target)) for _ in range(3)] == [9, 9, 9]
+
+
+def test_generations_of_no_tenant_all_run():
+    target = scheduler(budget=100, slots=9)
+    target.add([Work(1, outputs=3) for _ in range(8)])
+    target.add([Work(1, outputs=3, tenant="light")])
+    assert [len(step(target)) for _ in range(3)] == [9, 9, 9]
 
 
 def test_a_generation_that_needs_more_than_half_of_the_cache_is_not_kept_from_it():
