@@ -2,12 +2,13 @@
 
     python -m benchmarks.bench_adapter_load [--rounds 10] [--block-seconds 10] [--rate 20] [--loads 20]
 
-One `molex serve` of the demo encoder. Blocks of four kinds come in random order in each round:
-classifications of 5 pinned adapters, which arrive as a Poisson process; the same arrivals beside 20 loads a
-second; the loads alone; and 20 classifications a second, each of an adapter that is registered and was
-evicted. All times count from when a request was due, so that a queue shows in them. A load is
-`PUT /v1/adapters/{name}`. Adapters to load or to bring back are neither in the server's memory nor, after
-`posix_fadvise`, in the page cache of the operating system. They are random rank-8 MoLEx adapters of 1.2 MB.
+One `molex serve` of the demo encoder. Its neighbours are classifications of 5 pinned adapters, which arrive
+as a Poisson process. Blocks come in random order in each round: the neighbours alone; beside 20 loads a
+second; beside 20 classifications a second, each of an adapter that is registered and was evicted; beside as
+many of adapters that are in memory; and the loads and the first requests alone. All times count from when a
+request was due, so that a queue shows in them. A load is `PUT /v1/adapters/{name}`. Adapters to load or to
+bring back are neither in the server's memory nor, after `posix_fadvise`, in the page cache of the operating
+system. They are random rank-8 MoLEx adapters of 1.2 MB.
 
 The client runs on the same CPUs as the server: what it takes to send the loads is in the neighbours' times.
 """
@@ -51,11 +52,20 @@ Act = Callable[[httpx.AsyncClient, str], Awaitable[None]]
 LOAD_BOUND = 50
 NEIGHBOUR_BOUND = 1.1
 
-QUIET, BESIDE, ALONE = "neighbours alone", "neighbours beside loads", "loads alone"
-EVICTED = "first requests of evicted adapters"
-KINDS = (QUIET, BESIDE, ALONE, EVICTED)
 ROOM = 64
 """Places in memory: for the pinned adapters and some of those that are loaded."""
+FEW = 40
+"""So many adapters all stay in memory."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a block has: neighbours or not, and what is done, if anything, with adapters when they are due."""
+
+    neighbours: bool
+    act: Act | None = None
+    few: bool = False
+    """Whether the adapters are few, so that they stay in memory."""
 
 
 @dataclass
@@ -80,30 +90,32 @@ class Experiment:
                 body = {"source": f"resident/{name}", "base": BASE, "pinned": True}
                 (await http.put(f"/v1/adapters/{name}?wait=60", json=body)).raise_for_status()
 
-    async def run_block(self, kind: str, plan: Sequence[Planned], times: Times) -> None:
-        """Send the requests of `plan` and the loads, whichever the kind has; then forget what was loaded."""
-        names = [] if kind == QUIET else [f"cold-{number}" for number in range(len(self.due))]
-        act = first_request if kind == EVICTED else load
+    async def run_block(self, kind: Kind, plan: Sequence[Planned], times: Times) -> None:
+        """Send the requests of `plan` and act on adapters, as the kind has it; then forget these."""
+        count = len(self.due) if kind.act else 0
+        names = [f"cold-{number % FEW if kind.few else number}" for number in range(count)]
         async with connection_pool(self.url) as http:
-            if kind == EVICTED:
-                for name in names:
+            if kind.act is first_request:
+                for name in dict.fromkeys(names):
                     await load(http, name)
-            for name in names:
-                drop_from_page_cache(self.root / "cold" / name)
+            drop_from_page_cache(self.root)
             client = Client(http, make_dialect("molex-classify", None), TIMEOUT_SECONDS)
             async with asyncio.TaskGroup() as group:
-                neighbours = group.create_task(open_loop(client, plan if kind in (QUIET, BESIDE) else []))
-                loading = group.create_task(self._act_on_all(act, http, names))
+                neighbours = group.create_task(open_loop(client, plan if kind.neighbours else []))
+                acting = group.create_task(self._act_on_all(kind.act, http, names))
             times.neighbours += [METRICS["total"](result)[0] for result in neighbours.result()]
-            times.loads += loading.result()
-            for name in names:
+            times.loads += acting.result()
+            for name in dict.fromkeys(names):
                 (await http.delete(f"/v1/adapters/{name}")).raise_for_status()
 
-    async def _act_on_all(self, act: Act, http: httpx.AsyncClient, names: Sequence[str]) -> list[float]:
+    async def _act_on_all(
+        self, act: Act | None, http: httpx.AsyncClient, names: Sequence[str]
+    ) -> list[float]:
         """Seconds from due to done, by name."""
         start = time.perf_counter()
 
         async def timed(name: str, due: float) -> float:
+            assert act is not None
             await act(http, name)
             return time.perf_counter() - due
 
@@ -130,14 +142,29 @@ def expect(response: httpx.Response, status: int) -> None:
         raise RuntimeError(f"{response.url}: status {response.status_code}: {response.text}")
 
 
+QUIET, BESIDE_LOADS = "neighbours alone", "neighbours beside loads"
+BESIDE_FIRST = "neighbours beside first requests of evicted adapters"
+BESIDE_MORE = "neighbours beside as many requests of adapters in memory"
+LOADS, FIRST = "loads alone", "first requests of evicted adapters alone"
+KINDS = {
+    QUIET: Kind(neighbours=True),
+    BESIDE_LOADS: Kind(neighbours=True, act=load),
+    BESIDE_FIRST: Kind(neighbours=True, act=first_request),
+    BESIDE_MORE: Kind(neighbours=True, act=first_request, few=True),
+    LOADS: Kind(neighbours=False, act=load),
+    FIRST: Kind(neighbours=False, act=first_request),
+}
+
+
 def write_adapters(root: Path, count: int) -> None:
     """The resident adapters in `root`/resident, and `count` others in `root`/cold."""
     folders = [root / "resident" / name for name in RESIDENT]
     write_random_adapters([*folders, *(root / "cold" / f"cold-{number}" for number in range(count))])
 
 
-def drop_from_page_cache(folder: Path) -> None:
-    for path in folder.iterdir():
+def drop_from_page_cache(root: Path) -> None:
+    """Every adapter below a folder, that of the server's own copies too."""
+    for path in root.rglob("adapter_*"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -145,7 +172,7 @@ def drop_from_page_cache(folder: Path) -> None:
 async def measure_blocks(
     experiment: Experiment, rate: float, seconds: float, rounds: int
 ) -> dict[str, Times]:
-    """Every round has a block of each kind; both kinds with neighbours have the same arrivals."""
+    """Every round has a block of each kind; those with neighbours have the same arrivals."""
     await experiment.pin_residents()
     traffic = Traffic(read_texts(TEXTS), RESIDENT, "zipf:1")
     times = {kind: Times() for kind in KINDS}
@@ -155,7 +182,7 @@ async def measure_blocks(
         plan = traffic.plan(poisson_arrivals(rate, seconds, rng), rng)
         for kind in order.sample(list(times), len(times)):
             kept = times[kind] if number else Times()  # The first round only warms up.
-            await experiment.run_block(kind, plan, kept)
+            await experiment.run_block(KINDS[kind], plan, kept)
     return times
 
 
@@ -165,24 +192,28 @@ def p99(seconds: Sequence[float]) -> float:
 
 
 def figures_of(times: dict[str, Times], setting: str) -> list[Figure]:
-    figures = []
-    for kind in (ALONE, BESIDE):
-        loads = times[kind].loads
-        what = f"p99 of {len(loads)} cold loads, {kind}, {setting}"
-        measured = {"p50, ms": float(np.median(loads)) * 1e3, "p99, ms": p99(loads)}
-        figures.append(
-            Figure("P9", what, p99(loads), LOAD_BOUND, at_least=False, unit="ms", measured=measured)
-        )
-    first = times[EVICTED].loads
-    what = f"p99 of {len(first)} {EVICTED}, forward pass included, {setting}"
-    measured = {"p50, ms": float(np.median(first)) * 1e3, "p99, ms": p99(first)}
-    figures.append(Figure("P9", what, p99(first), LOAD_BOUND, at_least=False, unit="ms", measured=measured))
-    tails = {kind: p99(times[kind].neighbours) for kind in (BESIDE, QUIET)}
-    measured = {f"p99, {kind}, ms": tail for kind, tail in tails.items()}
-    measured |= {f"p50, {kind}, ms": float(np.median(times[kind].neighbours)) * 1e3 for kind in tails}
-    what = f"p99 of {len(times[QUIET].neighbours)} neighbours, beside loads / quiet, {setting}"
-    ratio = tails[BESIDE] / tails[QUIET]
-    return [*figures, Figure("P9", what, ratio, NEIGHBOUR_BOUND, at_least=False, unit="x", measured=measured)]
+    return [
+        *(_loads(times, kind, setting) for kind in (LOADS, BESIDE_LOADS, FIRST, BESIDE_FIRST)),
+        _neighbours(times, BESIDE_LOADS, QUIET, setting),
+        _neighbours(times, BESIDE_FIRST, BESIDE_MORE, setting),
+    ]
+
+
+def _loads(times: dict[str, Times], kind: str, setting: str) -> Figure:
+    loads = times[kind].loads
+    acted = "cold loads" if KINDS[kind].act is load else "first requests, forward pass included"
+    what = f"p99 of {len(loads)} {acted}, {kind}, {setting}"
+    measured = {"p50, ms": float(np.median(loads)) * 1e3, "p99, ms": p99(loads)}
+    return Figure("P9", what, p99(loads), LOAD_BOUND, at_least=False, unit="ms", measured=measured)
+
+
+def _neighbours(times: dict[str, Times], kind: str, calmer: str, setting: str) -> Figure:
+    seconds = {name: times[name].neighbours for name in (kind, calmer)}
+    measured = {f"p99, {name}, ms": p99(some) for name, some in seconds.items()}
+    measured |= {f"p50, {name}, ms": float(np.median(some)) * 1e3 for name, some in seconds.items()}
+    what = f"p99 of {len(seconds[kind])} {kind} / {calmer}, {setting}"
+    ratio = p99(seconds[kind]) / p99(seconds[calmer])
+    return Figure("P9", what, ratio, NEIGHBOUR_BOUND, at_least=False, unit="x", measured=measured)
 
 
 def main() -> None:
@@ -199,6 +230,7 @@ def main() -> None:
         root = Path(scratch)
         write_adapters(root, len(due))
         options = ["--adapter-root", str(root), "--max-resident-adapters", str(ROOM)]
+        options += ["--storage", str(root / "storage")]
         options += ["--precision", PRECISIONS[arguments.dtype]]
         with own_server(DEMO_ENCODER, root / "resident", root / "server.log", *options) as url:
             experiment = Experiment(url, root, due)

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.bench_adapter_load import ALONE, BESIDE, EVICTED, QUIET, Times, figures_of, p99
+from benchmarks.bench_adapter_load import (
+    BESIDE_FIRST,
+    BESIDE_LOADS,
+    BESIDE_MORE,
+    FIRST,
+    LOADS,
+    QUIET,
+    Times,
+    figures_of,
+    p99,
+)
 
 
 def test_p99_is_a_time_that_was_measured():
@@ -12,14 +22,15 @@ def test_p99_is_a_time_that_was_measured():
 
 
 def test_figures_compare_tails():
+    quick = [0.010] * 100
     times = {
-        QUIET: Times(neighbours=[0.010] * 100),
-        BESIDE: Times(neighbours=[0.010] * 98 + [0.012] * 2, loads=[0.020] * 99 + [0.060]),
-        ALONE: Times(loads=[0.005] * 98 + [0.055] * 2),
-        EVICTED: Times(loads=[0.030] * 100),
+        QUIET: Times(neighbours=quick),
+        BESIDE_LOADS: Times(neighbours=[0.010] * 98 + [0.012] * 2, loads=[0.020] * 99 + [0.060]),
+        BESIDE_FIRST: Times(neighbours=[0.022] * 100, loads=[0.050] * 100),
+        BESIDE_MORE: Times(neighbours=[0.020] * 100, loads=quick),
+        LOADS: Times(loads=[0.005] * 98 + [0.055] * 2),
+        FIRST: Times(loads=[0.030] * 100),
     }
-    alone, beside, evicted, neighbours = figures_of(times, "setting")
-    assert (alone.value, alone.held) == (pytest.approx(55), False)
-    assert (beside.value, beside.held) == (pytest.approx(20), True)
-    assert (evicted.value, evicted.held) == (pytest.approx(30), True)
-    assert (neighbours.value, neighbours.held) == (pytest.approx(1.2), False)
+    figures = figures_of(times, "setting")
+    assert [figure.value for figure in figures] == pytest.approx([55, 20, 30, 50, 1.2, 1.1])
+    assert [figure.held for figure in figures] == [False, True, True, True, False, True]
