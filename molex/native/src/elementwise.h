@@ -40,6 +40,27 @@ MOLEX_INLINE float gelu(float x) {
   return x * (x < 0.0f ? tail : 1.0f - tail);
 }
 
+// The same within 5e-6, in less than half the time, for what is rounded to bfloat16 next: 0.5 + x · p(x²) is a
+// least-squares fit of the normal distribution on [-4.75, 4.75], held to 0 and 1 at its ends, with the powers taken
+// of x² on a scale from -1 to 1, where they lose no digits.
+MOLEX_INLINE float gelu_for_bfloat16(float x) {
+  constexpr float kEnd = 4.75f;
+  const float inner = x < -kEnd ? -kEnd : (x > kEnd ? kEnd : x);
+  const float s = inner * inner * (2.0f / (kEnd * kEnd)) - 1.0f;
+  float p = 0.00143136387f;
+  p = p * s - 0.00394059625f;
+  p = p * s + 0.00477359956f;
+  p = p * s - 0.00687934738f;
+  p = p * s + 0.0135226985f;
+  p = p * s - 0.0218081493f;
+  p = p * s + 0.0303869173f;
+  p = p * s - 0.0405375808f;
+  p = p * s + 0.0532349721f;
+  p = p * s - 0.0736690462f;
+  p = p * s + 0.148748323f;
+  return x * (0.5f + inner * p);
+}
+
 MOLEX_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 // 0.5 · x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))), and 1 + tanh(u) = 2 · sigmoid(2u).

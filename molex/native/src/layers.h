@@ -31,9 +31,11 @@ inline Activation activation_named(const std::string& name) {
   return Activation::kSilu;
 }
 
+// `T` is the type that the result is rounded to.
+template <class T>
 MOLEX_INLINE float activate(Activation activation, float x) {
   switch (activation) {
-    case Activation::kGelu: return gelu(x);
+    case Activation::kGelu: return std::is_same_v<T, float> ? gelu(x) : gelu_for_bfloat16(x);
     case Activation::kGeluTanh: return gelu_tanh(x);
     case Activation::kRelu: return x > 0.0f ? x : (x <= 0.0f ? 0.0f : x);
     default: return silu(x);
@@ -41,17 +43,18 @@ MOLEX_INLINE float activate(Activation activation, float x) {
 }
 
 // The choice of a function is outside the loop, so that the loop is vectors.
-template <Activation kActivation>
+template <class T, Activation kActivation>
 void activate_row(float* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] = activate(kActivation, x[i]);
+  for (int64_t i = 0; i < n; ++i) x[i] = activate<T>(kActivation, x[i]);
 }
 
-inline void activate_row(Activation activation, float* x, int64_t n) {
+template <class T>
+void activate_row(Activation activation, float* x, int64_t n) {
   switch (activation) {
-    case Activation::kGelu: return activate_row<Activation::kGelu>(x, n);
-    case Activation::kGeluTanh: return activate_row<Activation::kGeluTanh>(x, n);
-    case Activation::kRelu: return activate_row<Activation::kRelu>(x, n);
-    default: return activate_row<Activation::kSilu>(x, n);
+    case Activation::kGelu: return activate_row<T, Activation::kGelu>(x, n);
+    case Activation::kGeluTanh: return activate_row<T, Activation::kGeluTanh>(x, n);
+    case Activation::kRelu: return activate_row<T, Activation::kRelu>(x, n);
+    default: return activate_row<T, Activation::kSilu>(x, n);
   }
 }
 
@@ -244,7 +247,7 @@ void Layers<T>::finish_block(const Rows& block, Matrix<const T> hidden, const in
     const Piece& first = pieces[0];
     for (int64_t r = 0; r < updates.rows; ++r) {
       float* y = c + r * kTile + first.begin;
-      activate_row(activation_, y, first.width);
+      activate_row<T>(activation_, y, first.width);
       if (gated_)
         for (int64_t j = 0; j < first.width; ++j) y[j] *= c[r * kTile + pieces[1].begin + j];
       write(y, first.width, s.wide.row(r) + first.output);
