@@ -68,6 +68,12 @@ MOLEX_INLINE float gelu_tanh(float x) { return x * sigmoid(1.59576912f * (x + 0.
 
 MOLEX_INLINE float silu(float x) { return x * sigmoid(x); }
 
+// y = x + bias, n of each.
+template <class T>
+void add_bias(const float* x, const float* bias, int64_t n, T* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(x[i] + bias[i]);
+}
+
 struct Norm {
   const float* weight = nullptr;
   const float* bias = nullptr;  // nullptr for RMSNorm, which takes no mean off either

@@ -42,19 +42,19 @@ MOLEX_INLINE float activate(Activation activation, float x) {
   }
 }
 
-// The choice of a function is outside the loop, so that the loop is vectors.
-template <class T, Activation kActivation>
-void activate_row(float* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] = activate<T>(kActivation, x[i]);
+// y = f(x + bias), n of each. The choice of a function is outside the loop, so that the loop is vectors.
+template <class T, Activation kActivation, class Out>
+void activate_row(const float* x, const float* bias, int64_t n, Out* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = static_cast<Out>(activate<T>(kActivation, x[i] + bias[i]));
 }
 
-template <class T>
-void activate_row(Activation activation, float* x, int64_t n) {
+template <class T, class Out>
+void activate_row(Activation activation, const float* x, const float* bias, int64_t n, Out* y) {
   switch (activation) {
-    case Activation::kGelu: return activate_row<T, Activation::kGelu>(x, n);
-    case Activation::kGeluTanh: return activate_row<T, Activation::kGeluTanh>(x, n);
-    case Activation::kRelu: return activate_row<T, Activation::kRelu>(x, n);
-    default: return activate_row<T, Activation::kSilu>(x, n);
+    case Activation::kGelu: return activate_row<T, Activation::kGelu>(x, bias, n, y);
+    case Activation::kGeluTanh: return activate_row<T, Activation::kGeluTanh>(x, bias, n, y);
+    case Activation::kRelu: return activate_row<T, Activation::kRelu>(x, bias, n, y);
+    default: return activate_row<T, Activation::kSilu>(x, bias, n, y);
   }
 }
 
@@ -193,10 +193,11 @@ void Layers<T>::project_block(const Rows& block, Matrix<const T> hidden, const i
     clear_tail(s.x, r);
   });
   team.barrier();
-  multiply(layer.project, s.x, updates, team, s.narrow, [&](const std::vector<Piece>& pieces, float* c) {
+  multiply(layer.project, s.x, updates, team, s.narrow, [&](const Pieces& pieces, float* c, const float* bias) {
     for (const Piece& piece : pieces)
       for (int64_t r = 0; r < updates.rows; ++r)
-        write(c + r * kTile + piece.begin, piece.width, result.row(block.begin + r) + piece.output);
+        add_bias(c + r * kTile + piece.begin, bias + piece.begin, piece.width,
+                 result.row(block.begin + r) + piece.output);
   });
 }
 
@@ -222,13 +223,13 @@ void Layers<T>::finish_block(const Rows& block, Matrix<const T> hidden, const in
     clear_tail(s.x, r);
   });
   team.barrier();
-  multiply(layer.join, s.x, updates, team, s.narrow, [&](const std::vector<Piece>& pieces, float* c) {
+  multiply(layer.join, s.x, updates, team, s.narrow, [&](const Pieces& pieces, float* c, const float* bias) {
     for (const Piece& piece : pieces)
       for (int64_t r = 0; r < updates.rows; ++r) {
         const T* residual = hidden.row(rows[block.begin + r]) + piece.output;
         float* sum = s.hidden.data() + r * width + piece.output;
-        const float* y = c + r * kTile + piece.begin;
-        for (int64_t j = 0; j < piece.width; ++j) sum[j] = y[j] + static_cast<float>(residual[j]);
+        const float *y = c + r * kTile + piece.begin, *b = bias + piece.begin;
+        for (int64_t j = 0; j < piece.width; ++j) sum[j] = y[j] + b[j] + static_cast<float>(residual[j]);
       }
   });
   team.barrier();
@@ -243,24 +244,29 @@ void Layers<T>::finish_block(const Rows& block, Matrix<const T> hidden, const in
     clear_tail(s.x, r);
   });
   team.barrier();
-  multiply(layer.up, s.x, updates, team, s.narrow, [&](const std::vector<Piece>& pieces, float* c) {
+  multiply(layer.up, s.x, updates, team, s.narrow, [&](const Pieces& pieces, float* c, const float* bias) {
     const Piece& first = pieces[0];
+    const float* first_bias = bias + first.begin;
     for (int64_t r = 0; r < updates.rows; ++r) {
       float* y = c + r * kTile + first.begin;
-      activate_row<T>(activation_, y, first.width);
-      if (gated_)
-        for (int64_t j = 0; j < first.width; ++j) y[j] *= c[r * kTile + pieces[1].begin + j];
-      write(y, first.width, s.wide.row(r) + first.output);
+      T* target = s.wide.row(r) + first.output;
+      if (!gated_) {
+        activate_row<T>(activation_, y, first_bias, first.width, target);
+        continue;
+      }
+      activate_row<T>(activation_, y, first_bias, first.width, y);
+      const float *other = c + r * kTile + pieces[1].begin, *b = bias + pieces[1].begin;
+      for (int64_t j = 0; j < first.width; ++j) target[j] = static_cast<T>(y[j] * (other[j] + b[j]));
     }
   });
   team.share(updates.rows, [&](int64_t r) { clear_tail(s.wide, r); });
   team.barrier();
-  multiply(layer.down, s.wide, updates, team, s.narrow, [&](const std::vector<Piece>& pieces, float* c) {
+  multiply(layer.down, s.wide, updates, team, s.narrow, [&](const Pieces& pieces, float* c, const float* bias) {
     for (const Piece& piece : pieces)
       for (int64_t r = 0; r < updates.rows; ++r) {
         float* sum = s.hidden.data() + r * width + piece.output;
-        const float* y = c + r * kTile + piece.begin;
-        for (int64_t j = 0; j < piece.width; ++j) sum[j] += y[j];
+        const float *y = c + r * kTile + piece.begin, *b = bias + piece.begin;
+        for (int64_t j = 0; j < piece.width; ++j) sum[j] += y[j] + b[j];
       }
   });
   team.barrier();

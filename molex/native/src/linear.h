@@ -27,6 +27,7 @@ struct Piece {
   int64_t width;
   int64_t output;  // the same column in what is written
 };
+using Pieces = std::vector<Piece>;
 
 // Of the type of the activations, of the other of float32 and bfloat16, or in 8 or 4 bits.
 enum class Weights { kSame, kOther, kInt8, kInt4 };
@@ -65,7 +66,7 @@ struct Linear {
 
   at::Tensor weights, bias, scales;
   at::Tensor sums;  // of the weights of each column [tiles · kTile], in 8 bits without its scale
-  std::vector<std::vector<Piece>> pieces;  // of each tile
+  std::vector<Pieces> pieces;  // of each tile
   std::vector<int64_t> sites;
   int64_t inputs = 0;
 };
@@ -147,8 +148,9 @@ void tile_product(const Linear& linear, const Operand<T>& x, int64_t rows, int64
   }
 }
 
-// Multiply the block's rows x with a layer's weights, add bias and low-rank updates, and call
-// finish(pieces, c) for each tile c [rows, kTile]. A barrier must follow before anyone reads what it wrote.
+// Multiply the block's rows x with a layer's weights, add low-rank updates, and call finish(pieces, c, bias) for each
+// tile c [rows, kTile], which is to add the bias [kTile] of its columns: it reads the tile anyway. A barrier must
+// follow before anyone reads what it wrote.
 template <class T, class Finish>
 void multiply(
     const Linear& linear, Operand<T>& x, const BlockUpdates& updates, const Team& team,
@@ -163,13 +165,11 @@ void multiply(
   const float* bias = linear.bias.const_data_ptr<float>();
   team.share(linear.tiles(), [&](int64_t tile) {
     tile_product(linear, x, rows, tile, c);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < kTile; ++j) c[r * kTile + j] += bias[tile * kTile + j];
-    const auto& pieces = linear.pieces[tile];
+    const Pieces& pieces = linear.pieces[tile];
     if (adapted)
       for (const Piece& piece : pieces)
         widen_rows(piece.site, updates, narrow, piece.column, piece.width, c + piece.begin, kTile);
-    finish(pieces, c);
+    finish(pieces, c, bias + tile * kTile);
   });
 }
 

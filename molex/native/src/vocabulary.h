@@ -51,10 +51,11 @@ class Vocabulary {
         std::fill(std::copy(source, source + width, s.x.row(r)), s.x.row(r) + s.x.stride, T(0));
       });
       team.barrier();
-      multiply(linear_, s.x, none, team, s.narrow, [&](const std::vector<Piece>& pieces, float* c) {
+      multiply(linear_, s.x, none, team, s.narrow, [&](const Pieces& pieces, float* c, const float* bias) {
         for (const Piece& piece : pieces)
           for (int64_t r = 0; r < none.rows; ++r)
-            std::copy_n(c + r * kTile + piece.begin, piece.width, y + (none.begin + r) * outputs + piece.output);
+            add_bias(c + r * kTile + piece.begin, bias + piece.begin, piece.width,
+                     y + (none.begin + r) * outputs + piece.output);
       });
     });
   }
