@@ -144,6 +144,31 @@ def test_a_poisoned_generation_beside_decoding_ones_fails_alone(live, threads, b
     assert all_free(live)
 
 
+def test_a_poisoned_adapter_fails_alone_however_many_requests_it_has(live, threads, brake, monkeypatch):
+    run_depth, digest = Forward.run_depth, live.http.get("/v1/adapters/topic").json()["digest"]
+
+    def run(self, *args):
+        if any(row.adapter.digest == digest for row in self.rows):
+            raise RuntimeError("a test breaks this adapter")
+        return run_depth(self, *args)
+
+    monkeypatch.setattr(Forward, "run_depth", run)
+    monkeypatch.setattr("server.runner.MAX_SPLITS", 3)
+    held = brake(live, "enc")
+    first = threads.submit(live.classify, model="mood", input="w1")
+    held.until(lambda: len(held.batches) == 1)
+    asked = []
+    for number in range(18):
+        name = ("topic", "mood", "topic", "rank2", "topic", "topic")[number % 6]
+        asked.append((name, threads.submit(live.classify, model=name, input=f"w{number}")))
+        held.until(lambda n=number: waiting(live, "enc") == n + 1)
+    held.release()
+    assert first.result().status_code == 200
+    for name, answer in asked:
+        assert answer.result().status_code == (500 if name == "topic" else 200)
+    assert len(held.batches) == 2
+
+
 def test_when_everything_fails_retries_end(live, threads, brake, monkeypatch):
     runner = live.engine.bases["enc"].runner
     passes = []
