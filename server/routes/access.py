@@ -30,10 +30,14 @@ BEARER = HTTPBearer(auto_error=False, description="An API key, where the server 
 TIMEOUT_HEADER = "x-request-timeout"
 UNCOUNTED = frozenset({Scope.ADMIN, Scope.METRICS})
 """What operators do is not held against the quota of a tenant."""
+WORK = frozenset({Scope.INFER, Scope.ADAPTERS_WRITE})
+"""What a server that shuts down takes on no more."""
 
 
 class Needs(SecurityBase):
     """A dependency that lets in callers with a scope, within their quota, and gives the caller.
+
+    While the server shuts down it lets in nobody who asks for more work: 503.
 
     The OpenAPI document has it as `BEARER`, which need not run: `Authentication` has read the header.
     """
@@ -54,6 +58,8 @@ class Needs(SecurityBase):
         if self.scope not in caller.scopes:
             message = f"the API key has no scope {self.scope}"
             raise ServiceError(ErrorKind.MISSING_SCOPE, message)
+        if self.scope in WORK and engine_of(request).draining:
+            raise stopping_error()
         if self.scope not in UNCOUNTED:
             await access.quotas.begin(caller, request.state.ending)
         return caller
@@ -79,13 +85,9 @@ async def _may_infer(
 ) -> Caller:
     """A caller of the models, until when its request has to be done: `request.state.deadline`.
 
-    The header says how long the client waits, which the server need not make use of. Raises ServiceError
-    (503) while the server shuts down.
+    The header says how long the client waits, which the server need not make use of.
     """
-    engine = engine_of(request)
-    if engine.draining:
-        raise stopping_error()
-    limit = engine.settings.max_request_seconds
+    limit = engine_of(request).settings.max_request_seconds
     request.state.deadline = request.state.begun + min(timeout or limit, limit)
     return caller
 
