@@ -23,8 +23,8 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "api.md"
 INTRODUCTION = """# HTTP routes
 
 Made from the service's OpenAPI document by `python -m scripts.api_page`; the running server shows it at
-`/docs` and `/openapi.json`. A field that is not listed is refused by name. `…` stands for a value that is
-different every time, or left out.
+`/docs` and `/openapi.json`. A field or query parameter that is not listed is refused by name. `…` stands for
+a value that is different every time, or left out.
 """
 Schema = dict[str, Any]
 

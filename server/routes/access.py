@@ -23,7 +23,7 @@ from server.auth.access import Access
 from server.auth.caller import Caller
 from server.catalogue.records import Scope
 from server.deps import access_of, engine_of
-from server.errors import ErrorKind, ServiceError, error_of_status, stopping_error
+from server.errors import ErrorKind, ServiceError, error_of_status, stopping_error, unsupported_parameter
 from server.settings import MAX_REQUEST_SECONDS
 
 BEARER = HTTPBearer(auto_error=False, description="An API key, where the server has a catalogue of tenants.")
@@ -60,6 +60,7 @@ class Needs(SecurityBase):
             raise ServiceError(ErrorKind.MISSING_SCOPE, message)
         if self.scope in WORK and engine_of(request).draining:
             raise stopping_error()
+        _refuse_unknown_query(request)
         if self.scope not in UNCOUNTED:
             await access.quotas.begin(caller, request.state.ending)
         return caller
@@ -123,6 +124,18 @@ def _decides(dependency: Dependant) -> bool:
 def _is_async(call: Any) -> bool:
     function = call if inspect.isfunction(call) else type(call).__call__
     return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+
+
+def _refuse_unknown_query(request: Request) -> None:
+    """Raises ServiceError (400) for a query parameter that the route does not have."""
+    if not request.scope["query_string"]:
+        return
+    dependant = request.scope["route"].dependant
+    parts = (dependant, *_dependencies(dependant))
+    known = {field.alias for part in parts for field in part.query_params}
+    for name in request.query_params:
+        if name not in known:
+            raise unsupported_parameter(name)
 
 
 class Authentication:
