@@ -23,8 +23,8 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "api.md"
 INTRODUCTION = """# HTTP routes
 
 Made from the service's OpenAPI document by `python -m scripts.api_page`; the running server shows it at
-`/docs` and `/openapi.json`. A field that is not listed is refused by name. `…` stands for a value that is
-different every time, or left out.
+`/docs` and `/openapi.json`. A field or query parameter that is not listed is refused by name. `…` stands for
+a value that is different every time, or left out.
 """
 Schema = dict[str, Any]
 
@@ -68,8 +68,13 @@ def _route(title: str, operation: Schema) -> Iterator[str]:
 
 
 def _content(content: Schema) -> str:
-    kinds = (spell(body["schema"]) if body.get("schema") else kind for kind, body in content.items())
-    return " or ".join(kinds) or "no body"
+    return " or ".join(_body(kind, body) for kind, body in content.items()) or "no body"
+
+
+def _body(kind: str, body: Schema) -> str:
+    if "itemSchema" in body:
+        return f"events ({spell(body['itemSchema']['properties']['data'])})"
+    return spell(body["schema"]) if body.get("schema") else kind
 
 
 def _object(name: str, schema: Schema) -> Iterator[str]:
@@ -97,6 +102,8 @@ def spell(schema: Schema) -> str:
     if "$ref" in schema:
         name = schema["$ref"].rsplit("/", 1)[1]
         return f"[{name}](#{name.lower()})"
+    if "contentSchema" in schema:
+        return spell(schema["contentSchema"])
     if options := schema.get("anyOf") or schema.get("oneOf"):
         return " or ".join(dict.fromkeys(map(spell, options)))
     if "const" in schema or "enum" in schema:

@@ -40,6 +40,8 @@ from server.precision import choose_precision
 from server.protocol import bounded_protocol
 from server.settings import Settings, is_option, problems, shown
 
+DRAIN_LOOK_SECONDS = 0.1
+"""While requests finish, how often to look whether the grace is over or Ctrl-C was pressed again."""
 log = logging.getLogger(__name__)
 app = typer.Typer(
     name="molex",
@@ -94,6 +96,19 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self._engine.lost
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """Listen on, to tell whoever comes to go elsewhere, until what was there before has its answers.
+
+        uvicorn then has what is left of the grace.
+        """
+        clock = asyncio.get_running_loop().time
+        end = clock() + self._engine.settings.grace_seconds
+        left = set(self.server_state.tasks)
+        while left and clock() < end and not self.force_exit:
+            _, left = await asyncio.wait(left, timeout=DRAIN_LOOK_SECONDS)
+        self.config.timeout_graceful_shutdown = max(0, math.ceil(end - clock()))
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._engine.draining = True

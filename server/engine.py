@@ -28,8 +28,8 @@ from server.submission import Submission, in_time
 
 P = ParamSpec("P")
 T = TypeVar("T")
-IDLE_SECONDS = 1
-"""A worker without work looks for some this often, which shows that it is there."""
+IDLE_SECONDS = 0.25
+"""A worker without work looks for some this often, which shows that it is there, within any patience."""
 JOIN_SECONDS = 10
 """How long a worker may take to end when the engine stops; one that is stuck never does."""
 log = logging.getLogger(__name__)

@@ -106,6 +106,10 @@ def model_not_found(name: str) -> ServiceError:
     return ServiceError(ErrorKind.MODEL_NOT_FOUND, message, param="model")
 
 
+def unsupported_parameter(name: str) -> ServiceError:
+    return ServiceError(ErrorKind.UNSUPPORTED_PARAMETER, f"unsupported parameter: {name}", param=name)
+
+
 def stuck_error() -> ServiceError:
     return ServiceError(ErrorKind.STUCK, "the server does not get on with its work", retry_after=5)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -29,7 +30,7 @@ from server.sequence import Sequence, Status, TokenText, Update
 from server.tokenization import Tokenization
 
 MAX_SPLITS = 32
-"""How often a step halves what has failed: enough to find two faulty sequences among 256."""
+"""How often a step halves what has failed: enough to find two faulty sequences, or adapters, among 256."""
 
 Results = tuple[RunOutput, list[Tensor | LogitRow]]
 """Of a pass, and what each of its sequences goes on with."""
@@ -91,12 +92,14 @@ class ModelRunner:
     def _run_whole(self, step: StepOutput, sequences: Seq[Sequence]) -> None:
         """One pass of all the sequences. Where it raises, its halves run, so that a faulty one fails alone.
 
-        A pass changes nothing of a sequence before all of it has run, but the pages of its new tokens: those
-        are written again, with the same values, before they are read.
+        All parts of a size run before their own halves: where an adapter is at fault, all of its sequences
+        are, and the others have their answers before it has used up the halvings. A pass changes nothing of a
+        sequence before all of it has run, but the pages of its new tokens: those are written again, with the
+        same values, before they are read.
         """
-        left, splits = [sequences], 0
+        left, splits = deque([sequences]), 0
         while left:
-            some = left.pop()
+            some = left.popleft()
             begin = perf_counter()
             try:
                 results = self._forward(some)
@@ -107,7 +110,7 @@ class ModelRunner:
                     continue
                 log.warning("a pass of %d sequences failed, its halves run: %r", len(some), error)
                 splits += 1
-                left += [some[len(some) // 2 :], some[: len(some) // 2]]
+                left += _halves(some)
             else:
                 self._end_pass(step, some, *results, perf_counter() - begin)
 
@@ -278,6 +281,19 @@ class ModelRunner:
     def _failure(self, sequence: Sequence, error: ServiceError | None = None) -> Update:
         self.release(sequence)
         return Update(sequence, error=error or internal_error())
+
+
+def _halves(sequences: Seq[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
+    """Half of the adapters with all their sequences, and the rest; of one adapter, half of the sequences."""
+    adapters = list(dict.fromkeys(sequence.adapter for sequence in sequences))
+    if len(adapters) == 1:
+        middle = len(sequences) // 2
+        return list(sequences[:middle]), list(sequences[middle:])
+    first = adapters[: len(adapters) // 2]
+    halves: tuple[list[Sequence], list[Sequence]] = ([], [])
+    for sequence in sequences:
+        halves[sequence.adapter not in first].append(sequence)
+    return halves
 
 
 def _side_by_side(sequences: Seq[Sequence], outputs: Seq[Tensor]) -> list[Tensor | LogitRow]:

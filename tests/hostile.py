@@ -250,6 +250,12 @@ def corpus(folder: Path) -> dict[str, Hostile]:
         "tensor-traversal": Hostile(
             tensors(lambda found: found | {"../../etc/passwd": torch.ones(1)}), "../../etc/passwd"
         ),
+        "tensors-of-a-wider-base": Hostile(
+            tensors(
+                lambda found: {k: torch.cat([v, v], 1) if "lora_A" in k else v for k, v in found.items()}
+            ),
+            a,
+        ),
         "tensor-other-prefix": Hostile(
             tensors(lambda found: {k.replace("base_model.", "x."): v for k, v in found.items()}),
             "base_model.model.classifier.out_proj.weight",

@@ -78,6 +78,7 @@ class Catalogue:
 
         Refused where two keys of this tenant and name are live: one is to be revoked first.
         """
+        _check_label(tenant, "tenant")
         _check_label(name, "name")
         now = self.now()
         if not scopes:
@@ -112,7 +113,7 @@ class Catalogue:
     async def revoke(self, key_id: str, *, actor: str) -> ApiKey:
         """End a key for good. Revoking it again changes nothing."""
         async with self.writing() as connection:
-            found = await _key(connection, key_id)
+            found = await _key(connection, key_id) if tokens.is_key_id(key_id) else None
             if found is None:
                 _refuse(ErrorKind.KEY_NOT_FOUND, f"no key has the id {key_id!r}", "key")
             if found.revoked is None:

@@ -7,13 +7,19 @@ import re
 import secrets
 
 SECRET_BYTES = 32
-_TOKEN = re.compile(r"molex_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
+_ID = re.compile(r"[0-9a-f]{16}")
+_TOKEN = re.compile(rf"molex_({_ID.pattern})_([A-Za-z0-9_-]{{43}})")
 
 
 def new_token() -> tuple[str, str]:
     """The id of a new key, and the whole token with its secret of 256 bits."""
     key_id = secrets.token_hex(8)
     return key_id, f"molex_{key_id}_{secrets.token_urlsafe(SECRET_BYTES)}"
+
+
+def is_key_id(text: str) -> bool:
+    """Whether a key may have this id. Not every text is one that a database takes."""
+    return _ID.fullmatch(text) is not None
 
 
 def key_id_of(token: str) -> str | None:

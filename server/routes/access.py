@@ -23,17 +23,21 @@ from server.auth.access import Access
 from server.auth.caller import Caller
 from server.catalogue.records import Scope
 from server.deps import access_of, engine_of
-from server.errors import ErrorKind, ServiceError, error_of_status, stopping_error
+from server.errors import ErrorKind, ServiceError, error_of_status, stopping_error, unsupported_parameter
 from server.settings import MAX_REQUEST_SECONDS
 
 BEARER = HTTPBearer(auto_error=False, description="An API key, where the server has a catalogue of tenants.")
 TIMEOUT_HEADER = "x-request-timeout"
 UNCOUNTED = frozenset({Scope.ADMIN, Scope.METRICS})
 """What operators do is not held against the quota of a tenant."""
+WORK = frozenset({Scope.INFER, Scope.ADAPTERS_WRITE})
+"""What a server that shuts down takes on no more."""
 
 
 class Needs(SecurityBase):
     """A dependency that lets in callers with a scope, within their quota, and gives the caller.
+
+    While the server shuts down it lets in nobody who asks for more work: 503.
 
     The OpenAPI document has it as `BEARER`, which need not run: `Authentication` has read the header.
     """
@@ -54,6 +58,9 @@ class Needs(SecurityBase):
         if self.scope not in caller.scopes:
             message = f"the API key has no scope {self.scope}"
             raise ServiceError(ErrorKind.MISSING_SCOPE, message)
+        if self.scope in WORK and engine_of(request).draining:
+            raise stopping_error()
+        _refuse_unknown_query(request)
         if self.scope not in UNCOUNTED:
             await access.quotas.begin(caller, request.state.ending)
         return caller
@@ -79,13 +86,9 @@ async def _may_infer(
 ) -> Caller:
     """A caller of the models, until when its request has to be done: `request.state.deadline`.
 
-    The header says how long the client waits, which the server need not make use of. Raises ServiceError
-    (503) while the server shuts down.
+    The header says how long the client waits, which the server need not make use of.
     """
-    engine = engine_of(request)
-    if engine.draining:
-        raise stopping_error()
-    limit = engine.settings.max_request_seconds
+    limit = engine_of(request).settings.max_request_seconds
     request.state.deadline = request.state.begun + min(timeout or limit, limit)
     return caller
 
@@ -121,6 +124,18 @@ def _decides(dependency: Dependant) -> bool:
 def _is_async(call: Any) -> bool:
     function = call if inspect.isfunction(call) else type(call).__call__
     return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+
+
+def _refuse_unknown_query(request: Request) -> None:
+    """Raises ServiceError (400) for a query parameter that the route does not have."""
+    if not request.scope["query_string"]:
+        return
+    dependant = request.scope["route"].dependant
+    parts = (dependant, *_dependencies(dependant))
+    known = {field.alias for part in parts for field in part.query_params}
+    for name in request.query_params:
+        if name not in known:
+            raise unsupported_parameter(name)
 
 
 class Authentication:

@@ -141,7 +141,7 @@ class ChatChoice(Answer):
 
 
 class ChatCompletion(Answer):
-    """OpenAI's chat completion. Streamed, choices have a `delta` in place of the `message`."""
+    """OpenAI's chat completion. Streamed, each event is a ChatChunk, and the last one is `[DONE]`."""
 
     id: str
     object: Literal["chat.completion"]
@@ -150,6 +150,35 @@ class ChatCompletion(Answer):
     choices: list[ChatChoice]
     adapter_digest: str | None
     usage: Usage
+
+
+class ChatDelta(Answer):
+    """The role comes first, then the text piece by piece."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Answer):
+    """`routes` at the end where the request has `return_routes`."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    routes: Route | None = None
+
+
+class ChatChunk(Answer):
+    """A part of OpenAI's chat completion. `usage` where the request has `include_usage`."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    adapter_digest: str | None
+    usage: Usage | None = None
 
 
 class BinaryParameters(Answer):

@@ -10,8 +10,8 @@ from server.deps import EngineDep, generator
 from server.detokenizer import REPLACEMENT
 from server.generation_schemas import ChatRequest
 from server.routes.access import Infer
-from server.routes.answers import ChatCompletion
-from server.routes.generation import EVENT_STREAM, Choice, Generation, Json
+from server.routes.answers import ChatChunk, ChatCompletion
+from server.routes.generation import Choice, Generation, Json, documented_answers
 from server.routes.prepare import prepare
 from server.routes.timing import Stopwatch
 from server.sequence import TokenText, Update
@@ -43,8 +43,12 @@ class ChatShape:
         return _delta(update.sequence.index, content, tokens, update.finish_reason)
 
 
+# The response model is there for the OpenAPI document to define it: the handler spells its own answers.
 @router.post(
-    "/v1/chat/completions", response_class=Response, responses={200: EVENT_STREAM | {"model": ChatCompletion}}
+    "/v1/chat/completions",
+    response_class=Response,
+    response_model=ChatChunk,
+    responses=documented_answers(ChatCompletion, chunk=ChatChunk),
 )
 async def create_chat_completion(
     body: ChatRequest, request: Request, engine: EngineDep, caller: Infer

@@ -10,7 +10,7 @@ from server.deps import EngineDep, check_count, generator
 from server.generation_schemas import CompletionRequest
 from server.routes.access import Infer
 from server.routes.answers import Completion
-from server.routes.generation import EVENT_STREAM, Choice, Generation, Json
+from server.routes.generation import Choice, Generation, Json, documented_answers
 from server.routes.prepare import prepare
 from server.routes.timing import Stopwatch
 from server.sequence import TokenText, Update
@@ -49,7 +49,7 @@ class CompletionShape:
 
 
 @router.post(
-    "/v1/completions", response_class=Response, responses={200: EVENT_STREAM | {"model": Completion}}
+    "/v1/completions", response_class=Response, responses=documented_answers(Completion, chunk=Completion)
 )
 async def create_completion(
     body: CompletionRequest, request: Request, engine: EngineDep, caller: Infer

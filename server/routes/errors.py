@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from server.errors import ErrorKind, ServiceError, error_of_status
+from server.errors import ErrorKind, ServiceError, error_of_status, unsupported_parameter
 
 
 def install(app: FastAPI) -> None:
@@ -112,10 +112,11 @@ def _describe(problem: Mapping[str, Any]) -> ServiceError:
     if problem["type"] == "json_invalid":
         message = f"the body is not valid JSON: {problem['ctx']['error']}"
         return ServiceError(ErrorKind.INVALID_REQUEST, message)
+    if problem["type"] == "model_attributes_type" and not path:
+        message = "the body is not a JSON object, or its content-type is not application/json"
+        return ServiceError(ErrorKind.INVALID_REQUEST, message)
     if problem["type"] == "extra_forbidden":
-        name = ".".join(path)
-        message = f"unsupported parameter: {name}"
-        return ServiceError(ErrorKind.UNSUPPORTED_PARAMETER, message, param=name)
+        return unsupported_parameter(".".join(path))
     where = ".".join(path) or "body"
     return ServiceError(
         ErrorKind.INVALID_REQUEST, f"{where}: {problem['msg'].removeprefix('Value error, ')}", param=param

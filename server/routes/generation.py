@@ -22,6 +22,7 @@ from server.engine import Engine
 from server.errors import ServiceError
 from server.generation_schemas import GenerationRequest
 from server.grammar import GrammarConstraint
+from server.routes.answers import Answer, ErrorAnswer
 from server.routes.timing import Stopwatch
 from server.sequence import Sequence, Timings, TokenText, Update
 from server.submission import Submission
@@ -29,8 +30,18 @@ from server.tokenization import Prompt
 
 log = logging.getLogger(__name__)
 Json = dict[str, Any]
-EVENT_STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
-"""Server-sent events, for a request with `stream`, in the OpenAPI document."""
+
+
+def documented_answers(whole: type[Answer], chunk: type[Answer]) -> dict[int | str, Json]:
+    """How the OpenAPI document shows an answer: whole, or as server-sent events with chunks.
+
+    The document has to define `chunk`. An error that comes after the first event is one too.
+    """
+    kinds = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in (chunk, ErrorAnswer)]
+    json_text = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
+    data = {"anyOf": [json_text, {"const": "[DONE]"}]}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    return {200: {"model": whole, "content": {"text/event-stream": {"itemSchema": event}}}}
 
 
 @dataclass

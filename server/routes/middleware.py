@@ -82,7 +82,7 @@ class Observer:
 
 
 class BodyLimit:
-    """Refuses bodies that are too large or slow, when they are read: by their header or by what has come.
+    """Refuses bodies that are too large, slow or packed, when they are read: by a header or by what has come.
 
     So the route that reads one spells the refusal in its own shape.
     """
@@ -102,6 +102,7 @@ class BodyLimit:
         # The HTTP parser has refused a header that is no number.
         announced = int(headers.get("content-length", "0"))
         too_large = HTTPException(ErrorKind.TOO_LARGE.status, message)
+        packed = headers.get("content-encoding", "identity") != "identity"
         deadline = scope["state"]["begun"] + self._settings.max_client_seconds
         size, complete = 0, False
 
@@ -109,6 +110,8 @@ class BodyLimit:
             nonlocal size, complete
             if complete:
                 return await receive()
+            if packed:
+                raise HTTPException(400, "content-encoding is not supported: send the body as it is")
             if announced > limit:
                 raise too_large
             part = await self._in_time(receive, deadline)

@@ -13,6 +13,9 @@ from server.routes.errors import error_answers, error_route
 TYPES = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServerError"}
 """Of its errors by status; those that it does not know keep our types."""
 
+FIELDS = {"name": "lora_name", "source": "lora_path", "base": "base_model_name"}
+"""Its names of ours."""
+
 
 def _status(kind: ErrorKind) -> int:
     """vLLM does not find the adapter where there is no folder."""
@@ -25,7 +28,7 @@ def _spell(error: ServiceError) -> JSONResponse:
     detail = {
         "message": error.message,
         "type": kind or error.kind.error_type,
-        "param": error.param,
+        "param": FIELDS.get(error.param or "", error.param),
         "code": status,
     }
     return JSONResponse({"error": detail}, status, headers=error.headers)

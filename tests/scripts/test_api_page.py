@@ -26,6 +26,7 @@ def test_every_route_is_on_the_page_with_an_answer():
         ({"type": "array", "items": {"enum": ["a", 3]}, "maxItems": 2}, "list of `a` or `3` (at most 2)"),
         ({"type": "object", "properties": {"x": {"const": True}}}, "object with `x`: `true`"),
         ({"type": "object", "additionalProperties": {"type": "number"}}, "object of number"),
+        ({"type": "string", "contentSchema": {"$ref": "#/components/schemas/Text"}}, "[Text](#text)"),
         ({}, "any value"),
     ],
 )

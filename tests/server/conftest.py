@@ -45,7 +45,11 @@ class Live:
     admin_url: str
     """Of the second listener, or else of the only one."""
     http: httpx.Client
-    registry: Registry
+    server: Server
+
+    @property
+    def registry(self) -> Registry:
+        return self.server.config.app.state.registry
 
     def post(self, path: str, body: Any) -> httpx.Response:
         """Unlike httpx itself, this can send half a surrogate pair."""
@@ -117,7 +121,7 @@ def live_server(settings: Settings) -> Iterator[Live]:
     assert server.listening.wait(60)
     try:
         with httpx.Client(base_url=server.url(0), timeout=60) as http:
-            yield Live(engine, server.url(0), server.url(-1), http, server.config.app.state.registry)
+            yield Live(engine, server.url(0), server.url(-1), http, server)
     finally:
         server.should_exit = True
         thread.join(60)

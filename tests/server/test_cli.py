@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from threading import Event
 from time import monotonic
 
 import httpx
@@ -97,6 +98,33 @@ def test_a_signal_makes_it_unready_at_once(start, settings, number):
     assert live.http.get("/readyz").status_code == 503
     assert live.classify(model="mood", input="w1").status_code == 503
     assert server.should_exit
+
+
+def test_while_requests_finish_others_are_told_to_go_elsewhere(start, settings, threads, brake, monkeypatch):
+    live = start(settings)
+    held, stopping, shutdown = brake(live, "enc"), Event(), live.server.shutdown
+
+    async def announced(sockets=None):
+        stopping.set()
+        await shutdown(sockets)
+
+    monkeypatch.setattr(live.server, "shutdown", announced)
+    begun = threads.submit(live.classify, model="mood", input="w1")
+    held.until(lambda: len(held.batches) == 1)
+    live.server.handle_exit(signal.SIGTERM, None)
+    assert stopping.wait(60)
+    # On a connection that was there and on new ones.
+    for ask in (live.http.request, httpx.request):
+        for method, path, body in (
+            ("GET", "/readyz", None),
+            ("POST", "/v1/classify", {"model": "mood", "input": "w1"}),
+            ("PUT", "/v1/adapters/x", {"source": "mood"}),
+        ):
+            refused = ask(method, live.url + path, json=body)
+            assert refused.status_code == 503
+            assert path == "/readyz" or refused.headers["retry-after"] == "5"
+    held.release()
+    assert begun.result().status_code == 200
 
 
 @pytest.mark.faults

@@ -144,6 +144,31 @@ def test_a_poisoned_generation_beside_decoding_ones_fails_alone(live, threads, b
     assert all_free(live)
 
 
+def test_a_poisoned_adapter_fails_alone_however_many_requests_it_has(live, threads, brake, monkeypatch):
+    run_depth, digest = Forward.run_depth, live.http.get("/v1/adapters/topic").json()["digest"]
+
+    def run(self, *args):
+        if any(row.adapter.digest == digest for row in self.rows):
+            raise RuntimeError("a test breaks this adapter")
+        return run_depth(self, *args)
+
+    monkeypatch.setattr(Forward, "run_depth", run)
+    monkeypatch.setattr("server.runner.MAX_SPLITS", 3)
+    held = brake(live, "enc")
+    first = threads.submit(live.classify, model="mood", input="w1")
+    held.until(lambda: len(held.batches) == 1)
+    asked = []
+    for number in range(18):
+        name = ("topic", "mood", "topic", "rank2", "topic", "topic")[number % 6]
+        asked.append((name, threads.submit(live.classify, model=name, input=f"w{number}")))
+        held.until(lambda n=number: waiting(live, "enc") == n + 1)
+    held.release()
+    assert first.result().status_code == 200
+    for name, answer in asked:
+        assert answer.result().status_code == (500 if name == "topic" else 200)
+    assert len(held.batches) == 2
+
+
 def test_when_everything_fails_retries_end(live, threads, brake, monkeypatch):
     runner = live.engine.bases["enc"].runner
     passes = []
@@ -260,15 +285,25 @@ def test_what_is_urgent_runs_before_what_came_earlier(live, threads, brake):
     assert [sequence.priority for [sequence] in held.batches[1:]] == [-2, 0, 0, 3]
 
 
-def test_leaving_a_stream_frees_its_pages(live, brake):
+def test_leaving_a_stream_frees_its_pages_within_a_step(live, brake):
     held = brake(live, "dec")
+    connection = live.send("/v1/completions", {"model": "writer", "prompt": "w1 w2", "stream": True, **LONG})
+    original = held._run
+
+    def run(sequences, part_tokens):
+        if sequences[0].output_ids and not sequences[0].cancelled:
+            # The first token is on its way: the client goes once it has some of it.
+            connection.recv(1)
+            connection.close()
+            held.until(lambda: sequences[0].cancelled)
+        return original(sequences, part_tokens)
+
+    held._run = run
     held.release()
-    body = {"model": "writer", "prompt": "w1 w2", "stream": True, **LONG}
-    with httpx.Client(base_url=live.url) as client, client.stream("POST", "/v1/completions", json=body) as s:
-        next(s.iter_lines())
-        [sequence] = held.batches[0]
+    held.until(lambda: len(held.batches) == 2)
     held.until(lambda: idle(live))
-    assert sequence.cancelled
+    [sequence] = held.batches[0]
+    assert len(sequence.output_ids) == len(held.batches) == 2
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -124,6 +124,19 @@ def test_a_folder_that_is_no_longer_what_it_was_fails_alone(tight, folder, damag
         assert ask(tight, "mood").json()["adapter_digest"] == digest
 
 
+def test_who_cannot_wait_for_a_cold_load_hears_it_in_time(tight, monkeypatch):
+    evict(tight, "mood")
+    store, go = tight.engine.adapters, Event()
+    read_again = store.read_again
+    monkeypatch.setattr(store, "read_again", lambda served: go.wait(60) and read_again(served))
+    late = tight.http.post(
+        "/v1/classify", json={"model": "mood", "input": "w1"}, headers={"x-request-timeout": "1"}
+    )
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+    go.set()
+    assert ask(tight, "mood").status_code == 200
+
+
 def test_requests_in_flight_keep_their_weights_and_others_wait_for_the_room(tight, threads, brake):
     expected = {name: said(ask(tight, name)) for name in ("mood", "rank2", "topic")}
     braked = brake(tight, "enc")

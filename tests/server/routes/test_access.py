@@ -10,6 +10,7 @@ from threading import Event
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from fastapi import APIRouter, Depends, FastAPI
 from pydantic import SecretStr
@@ -209,6 +210,23 @@ def test_a_limit_counts_from_the_next_request_on(guarded):
     assert int(refused.headers["retry-after"]) > 0
     assert refused.json()["error"]["code"] == "quota_exceeded"
     assert guarded.ask("get", "/v1/models", "infer").status_code == 200
+
+
+def test_openais_client_tells_refusals_apart(guarded):
+    def refusal(key: str) -> tuple[type, str | None]:
+        with openai.OpenAI(
+            base_url=f"{guarded.live.url}/v1", api_key=guarded.tokens[key], max_retries=0
+        ) as client:
+            with pytest.raises(openai.APIStatusError) as caught:
+                client.models.list()
+            return type(caught.value), caught.value.code
+
+    assert refusal("wrong") == (openai.AuthenticationError, "invalid_api_key")
+    assert refusal("metrics") == (openai.PermissionDeniedError, "missing_scope")
+    guarded.ask("put", "/v1/tenants/acme", "admin", json={"requests_per_minute": 0})
+    refused = refusal("infer")
+    guarded.ask("put", "/v1/tenants/acme", "admin", json={"requests_per_minute": None})
+    assert refused == (openai.RateLimitError, "quota_exceeded")
 
 
 def test_a_stream_counts_until_its_end(guarded, monkeypatch):

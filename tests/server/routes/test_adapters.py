@@ -111,6 +111,7 @@ def test_vllms_verbs(live):
     }
     nowhere = live.post("/v1/load_lora_adapter", load | {"lora_name": "other", "lora_path": "nowhere"})
     assert (nowhere.status_code, nowhere.json()["error"]["type"]) == (404, "NotFoundError")
+    assert nowhere.json()["error"]["param"] == "lora_path"
     assert live.post("/v1/load_lora_adapter", load | {"load_inplace": True}).status_code == 200
     assert live.classify(model="lora", input="w1").status_code == 200
     gone = live.post("/v1/unload_lora_adapter", {"lora_name": "lora"})
@@ -118,3 +119,4 @@ def test_vllms_verbs(live):
     missing = live.post("/v1/unload_lora_adapter", {"lora_name": "lora"})
     assert missing.status_code == missing.json()["error"]["code"] == 404
     assert missing.json()["error"]["type"] == "NotFoundError"
+    assert missing.json()["error"]["param"] == "lora_name"

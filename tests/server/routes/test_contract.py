@@ -85,3 +85,24 @@ def test_every_answer_is_documented_whoever_asks(scene, acme, other, name, examp
         assert open_to_all or ask(case, {}, CONFORMANCE) == 401
 
     check()
+
+
+CHAT = {"messages": [{"role": "user", "content": "w1 w2"}]}
+DETAILS = {"n": 2, "return_routes": True, "stream_options": {"include_usage": True}}
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("POST /v1/completions", {"prompt": "w1"}),
+        ("POST /v1/completions", {"prompt": "w1", "logprobs": 1, **DETAILS}),
+        ("POST /v1/chat/completions", CHAT),
+        ("POST /v1/chat/completions", {"logprobs": True, "top_logprobs": 1, **CHAT, **DETAILS}),
+    ],
+)
+def test_every_event_of_a_stream_is_documented(live, name, body):
+    body = {"model": "writer", "stream": True, "max_tokens": 3, **body}
+    case = OPERATIONS[name].Case(body=body, media_type="application/json")
+    response = case.call(base_url=live.url)
+    assert response.status_code == 200
+    case.validate_response(response, checks=CONFORMANCE)

@@ -36,6 +36,32 @@ def test_a_body_that_is_no_json_object_is_400(live, content):
     assert error_of(response)["type"] == "invalid_request_error"
 
 
+def test_a_body_that_is_not_said_to_be_json_is_400(live):
+    content = b'{"model": "mood", "input": "w1"}'
+    response = live.http.post("/v1/classify", content=content, headers={"content-type": "text/plain"})
+    assert response.status_code == 400
+    assert "content-type is not application/json" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "name"),
+    [
+        ("GET", "/v1/models?limit=3", "limit"),
+        ("GET", "/v1/adapters/mood?wait=3", "wait"),
+        ("PUT", "/v1/adapters/mood?wait=3&wiat=3", "wiat"),
+        ("POST", "/v1/classify?model=mood", "model"),
+        ("GET", "/metrics?x", "x"),
+        ("POST", "/v1/load_lora_adapter?x=", "x"),
+    ],
+)
+def test_a_query_parameter_that_a_route_does_not_have_is_400(live, method, path, name):
+    bodies = {"PUT": {"source": "mood"}, "POST": {"model": "mood", "input": "w1"}}
+    response = live.http.request(method, path, json=bodies.get(method))
+    assert response.status_code == 400
+    error = error_of(response)
+    assert (error["param"], error["message"]) == (name, f"unsupported parameter: {name}")
+
+
 def test_a_number_that_is_none_is_400(live):
     content = b'{"model": "dec", "prompt": "w1", "temperature": NaN}'
     response = live.http.post("/v1/completions", content=content, headers=JSON)

@@ -60,6 +60,12 @@ def test_numbers_texts_and_lists_of_a_request_are_bounded(name):
     assert [place for place, schema in request_schemas(OPERATIONS[name]) if unbounded(schema)] == []
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_body_has_no_fields_that_are_not_listed(name):
+    objects = [(place, one) for place, one in request_schemas(OPERATIONS[name]) if "properties" in one]
+    assert [place for place, one in objects if one.get("additionalProperties") is not False] == []
+
+
 def test_the_walk_reaches_every_depth_of_a_body():
     places = {place for place, _ in request_schemas(OPERATIONS["POST /v1/chat/completions"])}
     assert {"body.messages[].content[].text", "body.logit_bias.*", "body.stop[]"} <= places

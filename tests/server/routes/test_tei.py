@@ -179,6 +179,23 @@ def test_what_is_not_done_in_time_is_a_failed_backend(live, brake):
 
 def test_info_of_an_adapter_and_of_an_encoder(live, labels):
     adapter = live.http.get("/tei/mood/info").json()
+    # The published fields, in their order.
+    assert list(adapter) == [
+        "model_id",
+        "model_sha",
+        "model_dtype",
+        "model_type",
+        "max_concurrent_requests",
+        "max_input_length",
+        "max_batch_tokens",
+        "max_batch_requests",
+        "max_client_batch_size",
+        "auto_truncate",
+        "tokenization_workers",
+        "version",
+        "sha",
+        "docker_label",
+    ]
     assert adapter["model_id"] == "mood"
     assert adapter["model_sha"] == live.http.get("/v1/adapters/mood").json()["digest"]
     ids = adapter["model_type"]["classifier"]

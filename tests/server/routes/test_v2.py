@@ -147,6 +147,12 @@ def test_an_error_is_tritons(client):
         client.unload_model("missing")
 
 
+@pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
+def test_a_packed_body_is_refused_by_name(client, algorithm):
+    with pytest.raises(InferenceServerException, match="content-encoding is not supported"):
+        client.infer("mood", [text_input(["w1"])], request_compression_algorithm=algorithm)
+
+
 def tensor(**changes):
     return {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["w1"]} | changes
 
