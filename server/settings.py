@@ -22,6 +22,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 FULL_NAME_PATTERN = r"^([a-z0-9][a-z0-9._-]{0,62}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 """Names of adapters, with or without their tenant."""
 MAX_FULL_NAME = 192
+MIN_PEPPER = 32
 MAX_INPUTS = 4096
 """What `max_inputs` may be set to at most."""
 MAX_REQUEST_SECONDS = 86_400
@@ -46,11 +47,17 @@ class CatalogueSettings(BaseSettings):
     )
     pepper: SecretStr | None = Field(
         None,
-        min_length=32,
-        description="Secret under which API keys are hashed, at least 32 characters. Needed with "
+        description=f"Secret under which API keys are hashed, at least {MIN_PEPPER} characters. Needed with "
         "--database; read from the environment alone, since others can see a command line.",
         json_schema_extra={"environment_only": True},
     )
+
+    @field_validator("pepper")
+    @classmethod
+    def _check_pepper_length(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value) < MIN_PEPPER:
+            raise ValueError(f"MOLEX_PEPPER is too short: set it to at least {MIN_PEPPER} characters")
+        return value
 
     @field_validator("database")
     @classmethod
@@ -62,7 +69,8 @@ class CatalogueSettings(BaseSettings):
     @model_validator(mode="after")
     def _check_pepper(self) -> Self:
         if self.database is not None and self.pepper is None:
-            raise ValueError("a catalogue needs a pepper: set MOLEX_PEPPER to at least 32 characters")
+            message = f"a catalogue needs a pepper: set MOLEX_PEPPER to at least {MIN_PEPPER} characters"
+            raise ValueError(message)
         return self
 
     @property

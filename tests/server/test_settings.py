@@ -81,7 +81,7 @@ def test_on_this_machine_no_keys_are_needed(host):
     [
         ({"database": "sqlite:///c.db"}, "MOLEX_PEPPER"),
         ({"database": "mysql://x/y", "pepper": "p" * 32}, "'mysql'"),
-        ({"database": "sqlite:///c.db", "pepper": "short"}, "pepper"),
+        ({"database": "sqlite:///c.db", "pepper": "p" * 31}, "MOLEX_PEPPER .* at least 32 characters"),
         ({"admin_port": 8000}, "admin_port"),
     ],
 )
