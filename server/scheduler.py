@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -88,16 +89,23 @@ class BaseQueue(Generic[S]):
     `num_pages` of cache are for them all; `partial` is the one whose prompt runs in parts.
     """
 
-    def __init__(self, num_pages: int, max_sequences: int, tenant_share: int) -> None:
+    def __init__(
+        self, num_pages: int, max_sequences: int, tenant_share: int, clock: Callable[[], float]
+    ) -> None:
         self.num_pages = num_pages
         self.max_sequences = max_sequences
-        self.waiting: FairQueue[S] = FairQueue(tenant_share)
+        self.waiting: FairQueue[S] = FairQueue(tenant_share, clock)
         self.running: list[S] = []
         self.partial: S | None = None
 
     @property
     def started(self) -> list[S]:
         return self.running if self.partial is None else [*self.running, self.partial]
+
+    @property
+    def awake(self) -> list[S]:
+        """The running ones that take part in this step."""
+        return [sequence for sequence in self.running if not self.waiting.rests(sequence.tenant)]
 
     @property
     def has_work(self) -> bool:
@@ -108,8 +116,8 @@ class BaseQueue(Generic[S]):
         room = Room(max_tokens, self.max_sequences, self.num_pages)
         for sequence in self.started:
             room.hold(sequence)
-        room.tokens -= sum(sequence.num_new_tokens for sequence in self.running)
         self.waiting.begin_step(self.started, self.partial)
+        room.tokens -= sum(sequence.num_new_tokens for sequence in self.awake)
         return room
 
     def take_prompts(self, room: Room) -> None:
@@ -172,6 +180,7 @@ class Scheduler(Generic[S]):
     Every step of a base takes all its decoding sequences, one token each, and fills the rest of
     the budget with prompts: decoding never stalls, and a prompt waits only for older prompts of its tenant
     and for the turns of other tenants. One that is longer than the rest runs in parts, over several steps.
+    Only a flood rests in some steps, see `FairQueue`.
 
     A generation starts once the cache has pages for its prompt and all that it asks for. It keeps them to its
     end, so none is ever stopped to make room, or runs twice.
@@ -185,10 +194,12 @@ class Scheduler(Generic[S]):
         max_tenant_tokens: int,
         max_sequences: int,
         max_queue: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`num_pages`: the pages of the key-value cache of each base."""
         self._queues: dict[str, BaseQueue[S]] = {
-            base: BaseQueue(count, max_sequences, max_tenant_tokens) for base, count in num_pages.items()
+            base: BaseQueue(count, max_sequences, max_tenant_tokens, clock)
+            for base, count in num_pages.items()
         }
         self._turns = deque(self._queues)
         self._max_batch_tokens = max_batch_tokens
@@ -265,7 +276,8 @@ class Scheduler(Generic[S]):
         part_tokens = queue.take_part(room)
         queue.take_prompts(room)
         part_tokens = part_tokens or queue.take_part(room)
-        return Batch(base, tuple(queue.started), part_tokens)
+        partial = () if queue.partial is None else (queue.partial,)
+        return Batch(base, (*queue.awake, *partial), part_tokens)
 
     def postprocess(self, batch: Batch[S]) -> None:
         """Retire the sequences that ended in this step."""

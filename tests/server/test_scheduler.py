@@ -3,7 +3,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
@@ -11,38 +10,7 @@ from hypothesis import strategies as st
 
 from server.errors import ServiceError
 from server.scheduler import Scheduler
-
-
-@dataclass(eq=False)
-class Work:
-    """A prompt of `length` tokens, followed by `outputs` generated ones; 0 is a classification."""
-
-    length: int
-    outputs: int = 0
-    base: str = "a"
-    tenant: str | None = None
-    priority: int = 0
-    done: int = 0
-    cancelled: bool = False
-    pages: int = 1
-    run: int = 0
-    """Tokens of a prompt that runs in parts."""
-
-    @property
-    def num_pages(self) -> int:
-        return self.pages if self.outputs else 0
-
-    @property
-    def num_new_tokens(self) -> int:
-        return 1 if self.done else self.length - self.run
-
-    @property
-    def is_paused(self) -> bool:
-        return 0 < self.run < self.length
-
-    @property
-    def finished(self) -> bool:
-        return self.done > 0 and self.done >= self.outputs
+from tests.server.work import Work, run_batch
 
 
 def scheduler(bases="a", *, budget=10, share=1000, slots=2, queue=100, pages=20) -> Scheduler[Work]:
@@ -60,11 +28,7 @@ def step(target: Scheduler[Work]) -> list[Work]:
     batch = target.schedule()
     if batch is None:
         return []
-    *whole, last = batch.sequences
-    if batch.part_tokens:
-        last.run += batch.part_tokens
-    for work in whole if last.is_paused else batch.sequences:
-        work.done += 1
+    run_batch(batch)
     target.postprocess(batch)
     return list(batch.sequences)
 
@@ -284,6 +248,28 @@ def test_generations_of_a_flood_leave_places_to_one_who_asks_for_little():
     assert [work.tenant for work in step(target)] == ["flood"] * 2
     target.add([Work(1, outputs=9, tenant="light")])
     assert Counter(work.tenant for work in step(target)) == {"flood": 2, "light": 1}
+
+
+def test_generations_of_a_flood_take_as_many_tokens_as_those_beside_them():
+    target, light = scheduler(budget=100, share=16, slots=8), Work(1, outputs=200, tenant="light")
+    target.add([light])
+    step(target)
+    target.add([Work(3, outputs=50, tenant="flood") for _ in range(40)])
+    taken = Counter(work.tenant for _ in range(150) for work in step(target))
+    assert taken["light"] == 150
+    assert 100 < taken["flood"] < 150 + 16
+    while not light.finished:
+        step(target)
+    # Half of the places, in every step from now on.
+    assert min(len(step(target)) for _ in range(10)) == 4
+
+
+def test_generations_of_tenants_who_ask_for_little_do_not_rest():
+    target = scheduler(budget=100, share=16, slots=8)
+    for tenant in "xy":
+        target.add([Work(1, outputs=20, tenant=tenant) for _ in range(2)])
+    step(target)
+    assert [len(step(target)) for _ in range(10)] == [4] * 10
 
 
 def test_a_generation_that_needs_more_than_half_of_the_cache_is_not_kept_from_it():
