@@ -126,6 +126,20 @@ def test_a_rollback_and_an_alias(live, put):
     assert [v["version"] for v in live.http.get("/v1/adapters/x").json()["versions"]] == [1, 3]
 
 
+def test_a_version_is_in_memory_before_it_is_current_again(settings, start, adapters_folder):
+    live = start(settings.model_copy(update={"adapters": None, "adapter_root": adapters_folder}))
+    digests = [live.load("x", source).json()["digest"] for source in ("mood", "topic", "rank2")]
+    store = live.engine.adapters
+    for number in (1, 2):
+        store._residents.discard(store.get(f"x@{number}"))
+    card = live.post("/v1/adapters/x/rollback", {"version": 2}).json()
+    assert (card["digest"], card["resident"]) == (digests[1], True)
+    for file in FILES:
+        (live.registry.storage.path(digests[0]) / file).unlink()
+    assert code_of(live.post("/v1/adapters/x/rollback", {})) == (409, "adapter_unavailable")
+    assert digest_of(live, "x") == digests[1]
+
+
 @pytest.mark.parametrize("alias", ["7", "-x", "a%20b", "x" * 64])
 def test_an_alias_is_no_number_and_safe(live, put, alias):
     put("x", "mood")
