@@ -9,6 +9,7 @@ from itertools import chain
 import httpx
 import pytest
 
+from molex.adapter_file import CONFIG_NAME, WEIGHTS_NAME
 from scripts.api_page import document
 from server.catalogue.catalogue import Catalogue
 from server.catalogue.url import parse_url
@@ -193,6 +194,14 @@ def test_a_tenant_loads_from_its_own_folder_alone(acme, source):
     refused = acme.put("/v1/adapters/x?wait=60", json={"source": source})
     assert refused.status_code == 403
     assert refused.json()["error"]["code"] == "forbidden_source"
+
+
+def test_an_upload_that_would_not_outlive_the_server_is_refused(acme, adapters_folder):
+    """The catalogue would name what is gone: this server has no storage folder."""
+    files = {file: (adapters_folder / "mood" / file).read_bytes() for file in (CONFIG_NAME, WEIGHTS_NAME)}
+    refused = acme.put("/v1/adapters/x?wait=60", files=files)
+    assert refused.status_code == 403
+    assert "start it with --storage" in refused.json()["error"]["message"]
 
 
 def test_adapters_are_limited_in_number_and_bytes(acme):
