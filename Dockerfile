@@ -47,5 +47,6 @@ EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=3m --retries=3 \
     CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f\"http://127.0.0.1:{os.environ['MOLEX_PORT']}/readyz\", timeout=2)"]
 
-# Further settings come as options or as MOLEX_… variables, for example MOLEX_BASES.
+# Further settings come as options or as MOLEX_… variables, for example MOLEX_BASES. Metrics, changes of
+# adapters and administration answer on 127.0.0.1:8001 alone: for others set MOLEX_ADMIN_HOST.
 ENTRYPOINT ["molex", "serve", "--host", "0.0.0.0"]

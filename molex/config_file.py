@@ -226,9 +226,12 @@ def _strings(value: Any) -> tuple[str, ...]:
 def _depths(num_layers: int) -> Callable[[Any], tuple[int, ...]]:
     def check(value: Any) -> tuple[int, ...]:
         values = [value] if type(value) is int else value
-        in_range = _integer(0, num_layers - 1)
-        if type(values) is not list or not values or sorted(set(map(in_range, values))) != values:
-            raise ValueError("is not a list of increasing depths")
+        if type(values) is not list or not values or any(type(depth) is not int for depth in values):
+            raise ValueError("is not a list of depths")
+        if sorted(set(values)) != values:
+            raise ValueError("does not list increasing depths")
+        if outside := [depth for depth in values if not 0 <= depth < num_layers]:
+            raise ValueError(f"names depth {outside[0]}; the base has depths 0 to {num_layers - 1}")
         return tuple(values)
 
     return check

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI
+
 from server.adapters import AdapterStore
 from server.app import create_app
 from server.auth.access import Access
@@ -30,11 +32,16 @@ Schema = dict[str, Any]
 
 
 def document() -> Schema:
-    """The OpenAPI document. No base is loaded for it."""
+    """The OpenAPI document."""
+    return application().openapi()
+
+
+def application() -> FastAPI:
+    """The application, for which no base is loaded."""
     settings = Settings.model_validate({"bases": {"base": "folder"}})
     metrics = Metrics()
     adapters = AdapterStore({}, settings, metrics)
-    return create_app(Engine(settings, {}, adapters, metrics), Access()).openapi()
+    return create_app(Engine(settings, {}, adapters, metrics), Access())
 
 
 def render(openapi: Schema) -> str:

@@ -26,7 +26,7 @@ T = TypeVar("T")
 adapter_app = typer.Typer(help="Adapters of a running server.", no_args_is_help=True)
 
 Url = Annotated[
-    str, typer.Option(envvar="MOLEX_URL", help="Where the server listens; with --admin-port, there.")
+    str, typer.Option(envvar="MOLEX_URL", help="Where the server listens, or its second listener.")
 ]
 Key = Annotated[
     str | None,

@@ -6,7 +6,7 @@ import sys
 import time
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from typing import Generic, Protocol, TypeVar
 
@@ -90,12 +90,18 @@ class FairQueue(Generic[Q]):
     Of one step a tenant gets at most `share` tokens, or one prompt that is longer, so that a step which
     others wait for is short. Beside a tenant that asks for little it gets a quarter of that, and nothing in
     a step that takes the other's, unless it had nothing in the one before: the other's next request finds
-    a short step under way, and no neighbours in its own. A tenant asks for little that was active lately
-    and has no more waiting than its share. Sequences of no tenant know no such bounds.
+    a short step under way, and no neighbours in its own. A tenant asks for little that was active lately,
+    has no more waiting than its share, and holds a third of the `places` for generations at most. Sequences
+    of no tenant know no such bounds.
+
+    Beside generations of those who ask for little, floods take as many tokens as these do, some at a time:
+    then they rest, which makes steps short, until the others have generated as many.
     """
 
-    def __init__(self, share: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, share: int, places: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._share = share
+        self._few = max(1, places // 3)
+        """The most generations of a tenant that asks for little."""
         self._clock = clock
         self._taken: Counter[str | None] = Counter()
         """Tokens that were taken for this step."""
@@ -111,7 +117,13 @@ class FairQueue(Generic[Q]):
         self._modest: set[str | None] = set()
         """Who asks for little in this step."""
         self._reserved = False
-        """Whether this step is for them alone."""
+        """Whether the prompts of this step are theirs alone."""
+        self._beside = False
+        """Whether others than floods generate in this step."""
+        self._debt = 0
+        """Tokens that floods took beside them, and that they have not generated since."""
+        self._resting = False
+        """Whether floods take nothing of this step."""
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -127,25 +139,27 @@ class FairQueue(Generic[Q]):
         """How many of a tenant's wait."""
         return len(self._waiting.get(tenant, ()))
 
-    def counts(self) -> Counter[str | None]:
-        """How many of each tenant wait."""
-        return Counter({tenant: len(line) for tenant, line in self._waiting.items()})
-
     def extend(self, sequences: Iterable[Q]) -> None:
         for sequence in sequences:
             self._line(sequence.tenant).add(next(self._numbers), sequence)
             self._seen[sequence.tenant] = self._clock()
 
-    def begin_step(self, started: Iterable[Q], partial: Q | None) -> None:
+    def begin_step(self, started: Sequence[Q], partial: Q | None) -> None:
         """Give every tenant its share anew, less what the prompt takes that goes on in parts.
 
         The tenants of `started` are active.
         """
         now = self._clock()
-        self._seen |= dict.fromkeys((sequence.tenant for sequence in started), now)
+        held = Counter(sequence.tenant for sequence in started)
+        self._seen |= dict.fromkeys(held, now)
         self._seen = {tenant: seen for tenant, seen in self._seen.items() if now - seen <= RECENT_SECONDS}
-        self._modest = {tenant for tenant in self._seen if self._tokens(tenant) <= self._share}
+        self._modest = {
+            tenant
+            for tenant in self._seen
+            if self._tokens(tenant) <= self._share and held[tenant] <= self._few
+        }
         self._reserved = not self._reserved and any(tenant in self._waiting for tenant in self._modest)
+        self._let_rest([sequence for sequence in started if sequence is not partial])
         self._taken.clear()
         if partial is not None:
             self._taken[partial.tenant] = partial.num_new_tokens
@@ -153,6 +167,14 @@ class FairQueue(Generic[Q]):
     def yields(self, tenant: str | None) -> bool:
         """Whether it takes less in this step, because another asks for little."""
         return tenant is not None and len(self._modest) > (tenant in self._modest)
+
+    def floods(self, tenant: str | None) -> bool:
+        """Whether it asks for much, and another for little."""
+        return tenant not in self._modest and self.yields(tenant)
+
+    def rests(self, tenant: str | None) -> bool:
+        """Whether it takes nothing of this step, but for a prompt that runs in parts."""
+        return self._resting and self.floods(tenant)
 
     def longest(self, tenant: str | None) -> int:
         """The longest prompt of a tenant that may run whole in this step."""
@@ -181,6 +203,8 @@ class FairQueue(Generic[Q]):
         line.served()
         self._given[tenant] += sequence.num_new_tokens
         self._taken[tenant] += sequence.num_new_tokens
+        if self.floods(tenant):
+            self._owe(sequence.num_new_tokens)
         if not line:
             del self._waiting[tenant]
             self._last = self._given[tenant]
@@ -216,6 +240,20 @@ class FairQueue(Generic[Q]):
     def clear(self) -> None:
         self._waiting.clear()
 
+    def _let_rest(self, running: Sequence[Q]) -> None:
+        """Decide whether floods rest in this step, of which each of `running` takes a token."""
+        floods = sum(self.floods(sequence.tenant) for sequence in running)
+        others = len(running) - floods
+        self._beside = others > 0
+        self._debt = max(0, self._debt - others)
+        self._resting = self._beside and self._debt > 0
+        if not self._resting:
+            self._owe(floods)
+
+    def _owe(self, tokens: int) -> None:
+        if self._beside:
+            self._debt = min(self._debt + tokens, self._share)
+
     def _tokens(self, tenant: str | None) -> int:
         line = self._waiting.get(tenant)
         return 0 if line is None else line.tokens
@@ -226,7 +264,7 @@ class FairQueue(Generic[Q]):
         return min(ready, key=lambda tenant: (self._given[tenant], len(self._waiting[tenant])))
 
     def _may_take(self, tenant: str | None) -> bool:
-        if self._reserved and self.yields(tenant) and tenant not in self._modest:
+        if self.rests(tenant) or (self._reserved and self.floods(tenant)):
             return False
         taken = self._taken[tenant]
         return not taken or taken + self._waiting[tenant].peek().num_new_tokens <= self.share(tenant)

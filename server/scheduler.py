@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from server.errors import ErrorKind, ServiceError
-from server.fair_queue import SMALL, FairQueue
+from server.fair_queue import FairQueue
 
 
 class Schedulable(Protocol):
@@ -83,16 +84,17 @@ class Batch(Generic[S]):
 
 
 class BaseQueue(Generic[S]):
-    """The waiting sequences of one base, in turns of their tenants, and the running ones.
+    """The waiting sequences of one base, in turns of their tenants, and the running ones, oldest first.
 
-    `num_pages` of cache are for them all; `running` begins with those that have waited longest for a step;
-    `partial` is the one whose prompt runs in parts.
+    `num_pages` of cache are for them all; `partial` is the one whose prompt runs in parts.
     """
 
-    def __init__(self, num_pages: int, max_sequences: int, tenant_share: int) -> None:
+    def __init__(
+        self, num_pages: int, max_sequences: int, tenant_share: int, clock: Callable[[], float]
+    ) -> None:
         self.num_pages = num_pages
         self.max_sequences = max_sequences
-        self.waiting: FairQueue[S] = FairQueue(tenant_share)
+        self.waiting: FairQueue[S] = FairQueue(tenant_share, max_sequences, clock)
         self.running: list[S] = []
         self.partial: S | None = None
 
@@ -101,45 +103,31 @@ class BaseQueue(Generic[S]):
         return self.running if self.partial is None else [*self.running, self.partial]
 
     @property
+    def awake(self) -> list[S]:
+        """The running ones that take part in this step."""
+        return [sequence for sequence in self.running if not self.waiting.rests(sequence.tenant)]
+
+    @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.started)
 
-    def take_decoding(self) -> list[S]:
-        """The running sequences that a step takes one token further: all of them, where one tenant has work.
-
-        A step takes longer the more of them it takes. So beside a tenant that has less work, those of a
-        tenant take turns: as many run as the other has sequences, or a quarter, if that is more.
-        """
-        running = Counter(sequence.tenant for sequence in self.running)
-        fewest = min((self.waiting.counts() + running).values(), default=0)
-        places = {tenant: max(fewest, -(-count // SMALL)) for tenant, count in running.items()}
-        taken: list[S] = []
-        passed_over: list[S] = []
-        for sequence in self.running:
-            takes_part = sequence.tenant is None or places[sequence.tenant] > 0
-            places[sequence.tenant] -= 1
-            (taken if takes_part else passed_over).append(sequence)
-        self.running = passed_over + taken
-        return taken
-
-    def begin_step(self, max_tokens: int, decoding: Sequence[S]) -> Room:
-        """What this step may take beside all that goes on in it."""
+    def begin_step(self, max_tokens: int) -> Room:
+        """What this step may take beside all that goes on."""
         room = Room(max_tokens, self.max_sequences, self.num_pages)
         for sequence in self.started:
             room.hold(sequence)
-        room.tokens -= sum(sequence.num_new_tokens for sequence in decoding)
         self.waiting.begin_step(self.started, self.partial)
+        room.tokens -= sum(sequence.num_new_tokens for sequence in self.awake)
         return room
 
-    def take_prompts(self, room: Room) -> list[S]:
-        """Start the waiting prompts that fit, in their order; returns those that run whole.
+    def take_prompts(self, room: Room) -> None:
+        """Start the waiting prompts that fit, in their order.
 
         One that is too long becomes the one that runs in parts: the first, where it is longer than the room,
         or any that is longer than its tenant may run whole. Generations that wait for a place in the cache
         wait in their order, so that a large one has its turn, and do not hold up what needs none.
         """
-        blocked = False
-        taken: list[S] = []
+        blocked, taken = False, False
         while self.waiting.has_next:
             sequence = self.waiting.peek()
             blocked = blocked or not room.fits(sequence)
@@ -148,16 +136,15 @@ class BaseQueue(Generic[S]):
             elif sequence.num_new_tokens > self.waiting.longest(sequence.tenant):
                 self._start_partial(room)
             elif sequence.num_new_tokens <= room.tokens:
-                taken.append(self.waiting.pop())
+                self.running.append(self.waiting.pop())
                 room.tokens -= sequence.num_new_tokens
                 room.hold(sequence)
+                taken = True
             else:
                 if not taken:
                     self._start_partial(room)
                 break
         self.waiting.put_back()
-        self.running += taken
-        return taken
 
     def _holds_enough(self, sequence: S, room: Room) -> bool:
         """Whether its tenant has half of the cache, and others who ask for little are to find a place."""
@@ -190,10 +177,10 @@ class BaseQueue(Generic[S]):
 class Scheduler(Generic[S]):
     """Continuous batching under a token budget, round robin over the bases that have work.
 
-    Every step of a base takes its decoding sequences, one token each, and fills the rest of the budget with
-    prompts: decoding never stalls, and a prompt waits only for older prompts of its tenant and for the turns
-    of other tenants. One that is longer than the rest runs in parts, over several steps. Where tenants with
-    much and with little work decode together, the sequences of the former take turns.
+    Every step of a base takes all its decoding sequences, one token each, and fills the rest of
+    the budget with prompts: decoding never stalls, and a prompt waits only for older prompts of its tenant
+    and for the turns of other tenants. One that is longer than the rest runs in parts, over several steps.
+    Only a flood rests in some steps, see `FairQueue`.
 
     A generation starts once the cache has pages for its prompt and all that it asks for. It keeps them to its
     end, so none is ever stopped to make room, or runs twice.
@@ -207,10 +194,12 @@ class Scheduler(Generic[S]):
         max_tenant_tokens: int,
         max_sequences: int,
         max_queue: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`num_pages`: the pages of the key-value cache of each base."""
         self._queues: dict[str, BaseQueue[S]] = {
-            base: BaseQueue(count, max_sequences, max_tenant_tokens) for base, count in num_pages.items()
+            base: BaseQueue(count, max_sequences, max_tenant_tokens, clock)
+            for base, count in num_pages.items()
         }
         self._turns = deque(self._queues)
         self._max_batch_tokens = max_batch_tokens
@@ -283,13 +272,12 @@ class Scheduler(Generic[S]):
         return None
 
     def _batch(self, base: str, queue: BaseQueue[S]) -> Batch[S]:
-        decoding = queue.take_decoding()
-        room = queue.begin_step(self._max_batch_tokens, decoding)
+        room = queue.begin_step(self._max_batch_tokens)
         part_tokens = queue.take_part(room)
-        prompts = queue.take_prompts(room)
+        queue.take_prompts(room)
         part_tokens = part_tokens or queue.take_part(room)
-        in_parts = [] if queue.partial is None else [queue.partial]
-        return Batch(base, (*decoding, *prompts, *in_parts), part_tokens)
+        partial = () if queue.partial is None else (queue.partial,)
+        return Batch(base, (*queue.awake, *partial), part_tokens)
 
     def postprocess(self, batch: Batch[S]) -> None:
         """Retire the sequences that ended in this step."""

@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -22,6 +22,8 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 FULL_NAME_PATTERN = r"^([a-z0-9][a-z0-9._-]{0,62}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 """Names of adapters, with or without their tenant."""
 MAX_FULL_NAME = 192
+MIN_PEPPER = 32
+MAX_PORT = 65_535
 MAX_INPUTS = 4096
 """What `max_inputs` may be set to at most."""
 MAX_REQUEST_SECONDS = 86_400
@@ -46,11 +48,17 @@ class CatalogueSettings(BaseSettings):
     )
     pepper: SecretStr | None = Field(
         None,
-        min_length=32,
-        description="Secret under which API keys are hashed, at least 32 characters. Needed with "
+        description=f"Secret under which API keys are hashed, at least {MIN_PEPPER} characters. Needed with "
         "--database; read from the environment alone, since others can see a command line.",
         json_schema_extra={"environment_only": True},
     )
+
+    @field_validator("pepper")
+    @classmethod
+    def _check_pepper_length(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value) < MIN_PEPPER:
+            raise ValueError(f"MOLEX_PEPPER is too short: set it to at least {MIN_PEPPER} characters")
+        return value
 
     @field_validator("database")
     @classmethod
@@ -62,7 +70,8 @@ class CatalogueSettings(BaseSettings):
     @model_validator(mode="after")
     def _check_pepper(self) -> Self:
         if self.database is not None and self.pepper is None:
-            raise ValueError("a catalogue needs a pepper: set MOLEX_PEPPER to at least 32 characters")
+            message = f"a catalogue needs a pepper: set MOLEX_PEPPER to at least {MIN_PEPPER} characters"
+            raise ValueError(message)
         return self
 
     @property
@@ -99,14 +108,16 @@ class Settings(CatalogueSettings):
         json_schema_extra={"flag": "--source"},
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    port: int = Field(8000, ge=0, le=MAX_PORT, description="Port to listen on; 0 takes a free one.")
     admin_host: str = Field("127.0.0.1", description="Address of the second listener.")
     admin_port: int | None = Field(
         None,
         ge=0,
-        le=65535,
-        description="Port of a second listener. Where it is set, routes for metrics, for changing adapters "
-        "and for administration answer there alone.",
+        le=MAX_PORT,
+        validate_default=True,
+        description="Port of a second listener, where alone metrics, changes of adapters and administration "
+        "are. Default: the one after --port where --host is beyond this machine, else none. The same as "
+        "--port: one listener for all.",
     )
     insecure: bool = Field(False, description="Listen beyond this machine although no caller needs a key.")
     precision: Literal["auto", "fp32", "bf16", "int8", "fp64", "mixed"] = Field(
@@ -208,6 +219,17 @@ class Settings(CatalogueSettings):
     )
     log_format: Literal["text", "json"] = Field("text", description="Form of a log line.")
 
+    @field_validator("admin_port")
+    @classmethod
+    def _choose_admin_port(cls, value: int | None, info: ValidationInfo) -> int | None:
+        """None for one listener."""
+        host, port = info.data.get("host"), info.data.get("port")
+        if host is None or port is None:
+            return value
+        if value is None and not is_loopback(host):
+            return port + 1 if 0 < port < MAX_PORT else 0
+        return None if value and value == port else value
+
     @field_validator("bases", mode="before")
     @classmethod
     def _parse_bases(cls, value: Any) -> Any:
@@ -248,8 +270,6 @@ class Settings(CatalogueSettings):
         return self
 
     def _check_listeners(self) -> None:
-        if self.admin_port and self.admin_port == self.port:
-            raise ValueError("admin_port must not be the port of the first listener")
         hosts = [self.host] if self.admin_port is None else [self.host, self.admin_host]
         reachable = [host for host in hosts if not is_loopback(host)]
         if reachable and self.database is None and not self.insecure:

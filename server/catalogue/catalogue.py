@@ -89,7 +89,8 @@ class Catalogue:
         key = ApiKey(key_id, tenant, name, tokens.digest(token, self._pepper), scopes, now, expires, None)
         async with self.writing() as connection:
             if await _tenant(connection, tenant) is None:
-                _refuse(ErrorKind.TENANT_NOT_FOUND, f"no tenant is named {tenant!r}", "tenant")
+                message = f"no tenant is named {tenant!r}: create it first"
+                _refuse(ErrorKind.TENANT_NOT_FOUND, message, "tenant")
             named = (api_keys.c.tenant == tenant) & (api_keys.c.name == name)
             others = [_to_key(row) for row in await connection.execute(select(api_keys).where(named))]
             live = [other.id for other in others if other.state(now) == "live"]

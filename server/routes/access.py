@@ -99,12 +99,15 @@ Infer = Annotated[Caller, Depends(_may_infer)]
 def register(app: FastAPI, router: APIRouter) -> None:
     """Add a module's routes to the application.
 
-    Raises TypeError for one that declares nothing, and for a dependency that is not async: FastAPI would run
-    it on a thread of its own, which takes longer than what dependencies do.
+    Raises TypeError for one that declares nothing, for one that the OpenAPI document leaves out, whose routes
+    are tested one by one, and for a dependency that is not async: FastAPI would run it on a thread of its
+    own, which takes longer than what dependencies do.
     """
     for route in router.routes:
         if not isinstance(route, APIRoute) or not any(map(_decides, _dependencies(route.dependant))):
             raise TypeError(f"{getattr(route, 'path', route)} declares neither a scope nor OPEN")
+        if not route.include_in_schema:
+            raise TypeError(f"{route.path} is not in the OpenAPI document")
         for dependency in _dependencies(route.dependant):
             if not _is_async(dependency.call):
                 raise TypeError(f"{route.path}: the dependency {dependency.call} is not async")

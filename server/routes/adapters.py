@@ -46,13 +46,14 @@ async def list_adapters(registry: RegistryDep, caller: ReadAdapters) -> AdapterL
 # A name may have a slash: what comes after it is to be tried before the name alone.
 @router.post("/v1/adapters/{name:path}/rollback")
 async def rollback(
-    name: Name, body: RollbackRequest, registry: RegistryDep, caller: WriteAdapters
+    name: Name, registry: RegistryDep, caller: WriteAdapters, body: RollbackRequest | None = None
 ) -> AdapterCard:
     """Make the version before the current one, or the one that is named, the current one.
 
     It is in memory before it is current; requests in flight finish on the weights they started with.
     """
-    return adapter_card(registry, await registry.rollback(caller, name, body.version))
+    reference = None if body is None else body.version
+    return adapter_card(registry, await registry.rollback(caller, name, reference))
 
 
 @router.put("/v1/adapters/{name:path}/aliases/{alias}")

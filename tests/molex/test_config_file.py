@@ -269,6 +269,11 @@ def test_a_wrong_value_is_named(path, value):
     refusal(MOLEX, path, value)
 
 
+def test_a_depth_that_the_base_has_not_is_named():
+    with pytest.raises(AdapterError, match="names depth 7; the base has depths 0 to 5"):
+        parse_config(json.dumps(MOLEX | {"mixed_depths": [0, 7, 8]}), 6)
+
+
 def test_modules_to_save_is_a_list():
     refusal(LORA, "modules_to_save", "classifier")
 

@@ -59,7 +59,7 @@ def test_the_audit_log_is_verified_against_an_earlier_head(molex):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["key", "create", "--tenant", "nobody"], 1, "no tenant is named 'nobody'"),
+        (["key", "create", "--tenant", "nobody"], 1, "no tenant is named 'nobody': create it first"),
         (["key", "create", "--tenant", "acme", "--scopes", "root"], 2, "'root'"),
         (["key", "create", "--tenant", "acme", "--expires", "soon"], 2, "'soon'"),
         (["key", "create", "--tenant", "acme", "--expires", "2001-01-01"], 1, "expired already"),

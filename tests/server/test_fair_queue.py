@@ -18,7 +18,7 @@ class Item:
 
 
 def queue(*items: Item) -> FairQueue[Item]:
-    made: FairQueue[Item] = FairQueue(share=10**9)
+    made: FairQueue[Item] = FairQueue(share=10**9, places=16)
     made.extend(items)
     return made
 
@@ -72,7 +72,7 @@ def test_what_is_not_kept_is_not_held_against_its_tenant():
 
 def test_one_who_asks_for_little_counts_for_some_seconds():
     now = [0.0]
-    target: FairQueue[Item] = FairQueue(share=8, clock=lambda: now[0])
+    target: FairQueue[Item] = FairQueue(share=8, places=16, clock=lambda: now[0])
     target.extend([Item("light"), *[Item("flood")] * 50])
     target.begin_step([], None)
     assert target.share("flood") == 2

@@ -3,7 +3,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
@@ -11,38 +10,7 @@ from hypothesis import strategies as st
 
 from server.errors import ServiceError
 from server.scheduler import Scheduler
-
-
-@dataclass(eq=False)
-class Work:
-    """A prompt of `length` tokens, followed by `outputs` generated ones; 0 is a classification."""
-
-    length: int
-    outputs: int = 0
-    base: str = "a"
-    tenant: str | None = None
-    priority: int = 0
-    done: int = 0
-    cancelled: bool = False
-    pages: int = 1
-    run: int = 0
-    """Tokens of a prompt that runs in parts."""
-
-    @property
-    def num_pages(self) -> int:
-        return self.pages if self.outputs else 0
-
-    @property
-    def num_new_tokens(self) -> int:
-        return 1 if self.done else self.length - self.run
-
-    @property
-    def is_paused(self) -> bool:
-        return 0 < self.run < self.length
-
-    @property
-    def finished(self) -> bool:
-        return self.done > 0 and self.done >= self.outputs
+from tests.server.work import Work, run_batch
 
 
 def scheduler(bases="a", *, budget=10, share=1000, slots=2, queue=100, pages=20) -> Scheduler[Work]:
@@ -60,11 +28,7 @@ def step(target: Scheduler[Work]) -> list[Work]:
     batch = target.schedule()
     if batch is None:
         return []
-    *whole, last = batch.sequences
-    if batch.part_tokens:
-        last.run += batch.part_tokens
-    for work in whole if last.is_paused else batch.sequences:
-        work.done += 1
+    run_batch(batch)
     target.postprocess(batch)
     return list(batch.sequences)
 
@@ -283,47 +247,29 @@ def test_generations_of_a_flood_leave_places_to_one_who_asks_for_little():
     target.add([Work(1, outputs=9, tenant="flood") for _ in range(20)])
     assert [work.tenant for work in step(target)] == ["flood"] * 2
     target.add([Work(1, outputs=9, tenant="light")])
-    assert Counter(work.tenant for work in step(target)) == {"flood": 1, "light": 1}
-    assert target.num_running("a") == 3
+    assert Counter(work.tenant for work in step(target)) == {"flood": 2, "light": 1}
 
 
-def test_beside_one_with_less_work_the_generations_of_a_flood_take_turns():
-    target = scheduler(budget=100, slots=9)
-    flood = [Work(1, outputs=7, tenant="flood") for _ in range(6)]
-    target.add(flood)
-    step(target)
-    light = Work(1, outputs=7, tenant="light")
+def test_generations_of_a_flood_take_as_many_tokens_as_those_beside_them():
+    target, light = scheduler(budget=100, share=16, slots=8), Work(1, outputs=200, tenant="light")
     target.add([light])
-    for _ in range(6):
-        assert Counter(work.tenant for work in step(target)) == {"light": 1, "flood": 2}
-    assert [work.done for work in [light, *flood]] == [6] + [1 + 2] * 6
     step(target)
-    assert light.finished
-    # Alone again it takes all of them.
-    assert [len(step(target)) for _ in range(3)] == [6, 6, 6]
+    target.add([Work(3, outputs=50, tenant="flood") for _ in range(40)])
+    taken = Counter(work.tenant for _ in range(150) for work in step(target))
+    assert taken["light"] == 150
+    assert 100 < taken["flood"] < 150 + 16
+    while not light.finished:
+        step(target)
+    # Half of the places, in every step from now on.
+    assert min(len(step(target)) for _ in range(10)) == 4
 
 
-def test_beside_one_whose_only_generation_waits_those_of_a_flood_take_turns():
-    target = scheduler(budget=100, slots=4)
-    flood = [Work(1, outputs=9, tenant="flood") for _ in range(4)]
-    target.add(flood)
+def test_generations_of_tenants_who_ask_for_little_do_not_rest():
+    target = scheduler(budget=100, share=16, slots=8)
+    for tenant in "xy":
+        target.add([Work(1, outputs=20, tenant=tenant) for _ in range(2)])
     step(target)
-    target.add([Work(1, outputs=9, tenant="light")])
-    assert [step(target) for _ in range(4)] == [[work] for work in flood]
-
-
-def test_generations_of_tenants_with_as_much_work_all_run():
-    target = scheduler(budget=100, slots=9)
-    for tenant in "xyz":
-        target.add([Work(1, outputs=3, tenant=tenant) for _ in range(3)])
-    assert [len(step(target)) for _ in range(3)] == [9, 9, 9]
-
-
-def test_generations_of_no_tenant_all_run():
-    target = scheduler(budget=100, slots=9)
-    target.add([Work(1, outputs=3) for _ in range(8)])
-    target.add([Work(1, outputs=3, tenant="light")])
-    assert [len(step(target)) for _ in range(3)] == [9, 9, 9]
+    assert [len(step(target)) for _ in range(10)] == [4] * 10
 
 
 def test_a_generation_that_needs_more_than_half_of_the_cache_is_not_kept_from_it():

@@ -71,6 +71,24 @@ def test_both_listeners_are_on_this_machine_unless_told_otherwise():
     assert settings.host == settings.admin_host == "127.0.0.1"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "admin_port"),
+    [
+        ({}, None),
+        ({"admin_port": 9000}, 9000),
+        ({"port": 0, "admin_port": 0}, 0),
+        ({"host": "0.0.0.0"}, 8001),
+        ({"host": "0.0.0.0", "port": 0}, 0),
+        ({"host": "0.0.0.0", "port": 65_535}, 0),
+        ({"host": "0.0.0.0", "admin_port": 9000}, 9000),
+        ({"host": "0.0.0.0", "admin_port": 8000}, None),
+    ],
+)
+def test_what_is_reached_from_elsewhere_has_its_private_routes_on_another_port(arguments, admin_port):
+    settings = Settings(bases=["a=/x"], insecure=True, **arguments)
+    assert (settings.admin_port, settings.admin_host) == (admin_port, "127.0.0.1")
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
 def test_on_this_machine_no_keys_are_needed(host):
     assert Settings(bases=["a=/x"], host=host).catalogue is None
@@ -81,8 +99,8 @@ def test_on_this_machine_no_keys_are_needed(host):
     [
         ({"database": "sqlite:///c.db"}, "MOLEX_PEPPER"),
         ({"database": "mysql://x/y", "pepper": "p" * 32}, "'mysql'"),
-        ({"database": "sqlite:///c.db", "pepper": "short"}, "pepper"),
-        ({"admin_port": 8000}, "admin_port"),
+        ({"database": "sqlite:///c.db", "pepper": "p" * 31}, "MOLEX_PEPPER .* at least 32 characters"),
+        ({"admin_port": 65_536}, "admin_port"),
     ],
 )
 def test_a_catalogue_or_listener_that_cannot_work_is_refused(arguments, message):

@@ -86,6 +86,33 @@ def test_bad_keys_are_401_and_say_how(scene, clock):
     assert all(error.headers == {"www-authenticate": "Bearer"} for error in [*errors, expired])
 
 
+def test_both_keys_of_a_rotation_are_good_until_the_first_is_revoked(scene):
+    async def work(catalogue, authenticator):
+        made = [await catalogue.create_key("acme", INFER, actor="test", name="web") for _ in range(2)]
+        (first, old), (second, new) = made
+        callers = [await authenticator.identify(f"Bearer {token}") for token in (old, new)]
+        await catalogue.revoke(first.id, actor="test")
+        authenticator.forget(f"key:{first.id}")
+        refused = await refusal(authenticator, f"Bearer {old}")
+        callers.append(await authenticator.identify(f"Bearer {new}"))
+        return refused, [caller.key_id for caller in callers], [first.id, second.id, second.id]
+
+    refused, known, expected = scene(work)
+    assert refused.message == "the API key is revoked"
+    assert known == expected
+
+
+def test_a_key_in_memory_expires(scene, clock):
+    async def work(catalogue, authenticator):
+        _, token = await catalogue.create_key("acme", INFER, actor="test", expires=int(clock.now) + 10)
+        clock.now += 9
+        await authenticator.identify(f"Bearer {token}")
+        clock.now += 1
+        return await refusal(authenticator, f"Bearer {token}")
+
+    assert scene(work).message == "the API key is expired"
+
+
 def test_a_key_in_use_costs_no_query(scene, monkeypatch):
     async def work(catalogue, authenticator):
         _, token = await catalogue.create_key("acme", INFER, actor="test")

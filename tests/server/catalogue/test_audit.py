@@ -40,6 +40,17 @@ def test_a_changed_field_is_seen_at_its_entry(index, field):
 
 
 @given(st.integers(0, 5))
+def test_an_entry_that_was_changed_with_its_hash_is_seen_at_the_next_one(index):
+    entries = chain(6)
+    previous = entries[index - 1].hash if index else FIRST_HASH
+    changed = replace(entries[index], actor="somebody else")
+    spoilt = [*entries]
+    spoilt[index] = replace(changed, hash=entry_hash(changed, previous))
+    expected = f"entry {index + 2} was changed, or one before it" if index < 5 else "the log ends at entry 6"
+    assert expected in (first_broken(spoilt, head(entries)) or "")
+
+
+@given(st.integers(0, 5))
 def test_a_missing_entry_is_seen(index):
     entries = chain(6)
     assert first_broken(entries[:index] + entries[index + 1 :], head(entries)) is not None

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 import sqlalchemy as sa
@@ -66,12 +68,31 @@ def test_a_catalogue_of_a_newer_version_is_left_alone(url):
         migrate(url)
 
 
-@pytest.mark.parametrize("statement", ["UPDATE audit_entries SET actor = 'x'", "DELETE FROM audit_entries"])
-def test_the_database_refuses_to_change_the_audit_log(using, url, statement):
+FORGED = "INTO audit_entries VALUES (1, 0, 'x', '', '', '', '')"
+FORGERIES = {
+    "sqlite": [f"INSERT OR REPLACE {FORGED}"],
+    "postgresql": [
+        f"INSERT {FORGED} ON CONFLICT (number) DO UPDATE SET actor = 'x'",
+        "TRUNCATE audit_entries",
+    ],
+}
+
+
+def test_the_database_refuses_to_change_the_audit_log(using, url):
     using(lambda catalogue: catalogue.record("test", "a", "b", {}))
-    engine = sync_engine(url)
-    with pytest.raises(sa.exc.DBAPIError, match="append-only"), engine.begin() as connection:
-        connection.execute(sa.text(statement))
+    plain = ["UPDATE audit_entries SET actor = 'x'", "DELETE FROM audit_entries"]
+    for statement in [*plain, *FORGERIES[url.drivername]]:
+        with pytest.raises(sa.exc.DBAPIError, match="append-only"), sync_engine(url).begin() as connection:
+            connection.execute(sa.text(statement))
+    [entry] = using(lambda catalogue: catalogue.entries())
+    assert entry.actor == "test"
+
+
+def test_sqlite_logs_ahead(tmp_path):
+    """So that those who read and the one who writes do not wait for one another."""
+    migrate(parse_url(f"sqlite:///{tmp_path}/catalogue.db"))
+    with closing(sqlite3.connect(tmp_path / "catalogue.db")) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 @pytest.mark.parametrize(

@@ -83,20 +83,21 @@ def test_a_write_that_fails_leaves_nothing(opened, monkeypatch):
     assert [path.name for path in storage.folder.iterdir()] == [".lock"]
 
 
-def test_what_can_be_fetched_again_is_evicted_least_recently_used_first(opened):
+@pytest.mark.parametrize("touched", "ab")
+def test_what_can_be_fetched_again_is_evicted_least_recently_used_first(opened, touched):
     storage = opened(300)
     names = {letter: files(letter).digest for letter in "abcd"}
     for second, letter in enumerate("abc"):
         storage.put(files(letter))
         os.utime(storage.path(names[letter]), (second, second))
     storage.evictable = lambda: {names["a"], names["b"]}
-    storage.touch(names["a"])
+    storage.touch(names[touched])
     storage.put(files("d"))
-    assert storage.digests() == {names["a"], names["c"], names["d"]}
+    assert storage.digests() == {names[touched], names["c"], names["d"]}
     with pytest.raises(ServiceError, match="no room for 202 bytes in the storage") as caught:
         storage.put(files("e", 200))
     assert caught.value.kind is ErrorKind.STORAGE_FULL
-    assert storage.digests() == {names["a"], names["c"], names["d"]}
+    assert storage.digests() == {names[touched], names["c"], names["d"]}
 
 
 def test_only_what_is_named_is_kept(opened):

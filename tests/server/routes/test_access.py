@@ -15,7 +15,7 @@ import pytest
 from fastapi import APIRouter, Depends, FastAPI
 from pydantic import SecretStr
 
-from scripts.api_page import document
+from scripts.api_page import application, document
 from server.auth.access import PRIVATE
 from server.catalogue.catalogue import Catalogue
 from server.catalogue.database import migrate
@@ -277,6 +277,23 @@ def test_a_route_that_declares_nothing_is_not_registered():
 
     with pytest.raises(TypeError, match="/forgotten declares neither a scope nor OPEN"):
         register(FastAPI(), router)
+
+
+def test_a_route_that_no_test_would_find_is_not_registered():
+    router = APIRouter()
+
+    @router.get("/hidden", dependencies=[LET_IN], include_in_schema=False)
+    async def hidden() -> None:
+        """A route for everybody."""
+
+    with pytest.raises(TypeError, match="/hidden is not in the OpenAPI document"):
+        register(FastAPI(), router)
+
+
+def test_all_that_is_not_registered_is_documentation():
+    """Routes that are registered come in routers, which have no path."""
+    paths = {getattr(route, "path", None) for route in application().routes}
+    assert paths == {None, "/docs", "/docs/oauth2-redirect", "/openapi.json", "/static-offline-docs"}
 
 
 def test_a_route_with_a_dependency_that_would_run_on_a_thread_is_not_registered():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from itertools import chain
 
 import httpx
 import pytest
 
+from molex.adapter_file import CONFIG_NAME, WEIGHTS_NAME
 from scripts.api_page import document
 from server.catalogue.catalogue import Catalogue
 from server.catalogue.url import parse_url
@@ -152,6 +154,34 @@ def test_a_tenant_cannot_tell_what_another_has_asked(acme, other):
     assert cached(other) == 0
 
 
+def test_generations_of_a_flood_rest_and_say_what_they_say_alone(scene, acme, other, threads, monkeypatch):
+    def ask(client: httpx.Client, prompt: str, max_tokens: int) -> str:
+        body = {"model": "dec", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        answer = client.post("/v1/completions", json=body | {"ignore_eos": True})
+        return answer.json()["choices"][0]["text"]
+
+    prompts = [f"w{number} w2 " * 8 for number in range(16)]
+    alone = [ask(other, prompt, 6) for prompt in prompts]
+    runner, batches = scene[0].engine.bases["dec"].runner, []
+    run = runner.run
+
+    def recorded(sequences, part_tokens):
+        batches.append(sequences)
+        return run(sequences, part_tokens)
+
+    monkeypatch.setattr(runner, "run", recorded)
+    flood = [threads.submit(ask, other, prompt, 6) for prompt in prompts]
+    while not all(answer.done() for answer in flood):
+        ask(acme, "w1", 20)
+    assert [answer.result() for answer in flood] == alone
+    steps = [
+        [number for number, batch in enumerate(batches) if sequence in batch]
+        for sequence in {*chain(*batches)}
+        if sequence.tenant == "other"
+    ]
+    assert any(numbers[-1] - numbers[0] >= len(numbers) for numbers in steps)
+
+
 def test_what_is_shared_is_not_a_tenants_to_remove(acme):
     refused = acme.delete("/v1/adapters/mood")
     assert refused.status_code == 403
@@ -164,6 +194,14 @@ def test_a_tenant_loads_from_its_own_folder_alone(acme, source):
     refused = acme.put("/v1/adapters/x?wait=60", json={"source": source})
     assert refused.status_code == 403
     assert refused.json()["error"]["code"] == "forbidden_source"
+
+
+def test_an_upload_that_would_not_outlive_the_server_is_refused(acme, adapters_folder):
+    """The catalogue would name what is gone: this server has no storage folder."""
+    files = {file: (adapters_folder / "mood" / file).read_bytes() for file in (CONFIG_NAME, WEIGHTS_NAME)}
+    refused = acme.put("/v1/adapters/x?wait=60", files=files)
+    assert refused.status_code == 403
+    assert "start it with --storage" in refused.json()["error"]["message"]
 
 
 def test_adapters_are_limited_in_number_and_bytes(acme):

@@ -79,9 +79,12 @@ def test_a_load_is_accepted_before_it_is_done(live, put, monkeypatch):
         assert accepted.headers["location"] == "/v1/adapters/x"
         assert accepted.json()["state"] in ("registered", "loading")
         assert (accepted.json()["version"], accepted.json()["digest"]) == (None, None)
+        while (card := live.http.get("/v1/adapters/x").json())["state"] == "registered":
+            pass
+        assert (card["state"], card["versions"][0]["state"]) == ("loading", "loading")
         assert code_of(live.classify(model="x", input="w1")) == (404, "model_not_found")
         # The same request joins the load that is under way, another one has to wait.
-        assert put("x", "mood", wait=0).status_code == 202
+        assert put("x", "mood", wait=0.1).status_code == 202
         assert code_of(put("x", "topic")) == (409, "load_in_progress")
     finally:
         go.set()
@@ -109,6 +112,7 @@ def test_a_rollback_and_an_alias(live, put):
     assert live.http.put("/v1/adapters/x/aliases/prod", json={"version": 3}).json()["aliases"] == {"prod": 3}
     assert digest_of(live, "x@prod") == digest
     assert live.post("/v1/adapters/x/rollback", {"version": "prod"}).json()["version"] == 3
+    assert live.http.post("/v1/adapters/x/rollback").json()["version"] == 2
     assert live.post("/v1/adapters/x/rollback", {"version": 1}).json()["version"] == 1
     assert code_of(live.post("/v1/adapters/x/rollback", {})) == (409, "no_previous_version")
     assert code_of(live.post("/v1/adapters/x/rollback", {"version": 9})) == (404, "adapter_not_found")
@@ -120,6 +124,20 @@ def test_a_rollback_and_an_alias(live, put):
     assert live.http.delete("/v1/adapters/x/versions/2").status_code == 204
     assert digest_of(live, "x@2") is digest_of(live, "x@prod") is None
     assert [v["version"] for v in live.http.get("/v1/adapters/x").json()["versions"]] == [1, 3]
+
+
+def test_a_version_is_in_memory_before_it_is_current_again(settings, start, adapters_folder):
+    live = start(settings.model_copy(update={"adapters": None, "adapter_root": adapters_folder}))
+    digests = [live.load("x", source).json()["digest"] for source in ("mood", "topic", "rank2")]
+    store = live.engine.adapters
+    for number in (1, 2):
+        store._residents.discard(store.get(f"x@{number}"))
+    card = live.post("/v1/adapters/x/rollback", {"version": 2}).json()
+    assert (card["digest"], card["resident"]) == (digests[1], True)
+    for file in FILES:
+        (live.registry.storage.path(digests[0]) / file).unlink()
+    assert code_of(live.post("/v1/adapters/x/rollback", {})) == (409, "adapter_unavailable")
+    assert digest_of(live, "x") == digests[1]
 
 
 @pytest.mark.parametrize("alias", ["7", "-x", "a%20b", "x" * 64])
