@@ -77,7 +77,9 @@ class Server(uvicorn.Server):
     async def serve(self, sockets: list[socket] | None = None) -> None:
         settings = self._engine.settings
         if settings.admin_port is not None:
-            second = uvicorn.Config(self.config.app, host=settings.admin_host, port=settings.admin_port)
+            second = uvicorn.Config(
+                self.config.app, host=settings.admin_host, port=settings.admin_port, log_config=None
+            )
             sockets = [self.config.bind_socket(), second.bind_socket()]
             self._access.admin_port = sockets[1].getsockname()[1]
         await super().serve(sockets)

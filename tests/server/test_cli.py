@@ -29,6 +29,7 @@ COMMAND = [sys.executable, "-c", "from server.cli import app; app()"]
 def serving(bases, adapters_folder):
     """A served decoder, begun by the command; the output up to the last line of its greeting, and its URL."""
     options = ["--base", f"dec={bases['dec']}", "--adapters", str(adapters_folder), "--log-format", "json"]
+    options += ["--admin-port", "0"]
     child = subprocess.Popen(
         [*COMMAND, "serve", "--port", "0", *options],
         stdout=subprocess.PIPE,
@@ -72,8 +73,9 @@ def test_it_greets_with_commands_that_work_and_stops_gracefully(process):
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
-    _, errors = child.communicate(timeout=60)
+    output, errors = child.communicate(timeout=60)
     assert child.returncode == 0
+    assert "HTTP/1.1" not in output + errors  # uvicorn's own lines
     logged = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
     access = [line for line in logged if line["logger"] == "server.access"]
     assert access[-1]["path"] == "/v1/completions"
