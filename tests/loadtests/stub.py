@@ -41,6 +41,8 @@ class Stub:
         self.bodies: list[dict[str, Any]] = []
         self.seconds: list[float] = []
         """How long each request took here, by the clock of this process."""
+        self.waits: list[list[float]] = []
+        """How long it was until each piece of each stream."""
         self.crowd_size = 0
         self._crowded = asyncio.Event()
         routes = [Route(path, self._answer, methods=["POST"]) for path in (*ANSWERS, "/v1/completions")]
@@ -75,18 +77,21 @@ class Stub:
             # uvicorn closes the connection on an answer that is shorter than it said.
             return Response(b"{", headers={"content-length": "100"})
         if path == "/v1/completions":
-            return StreamingResponse(_stream(model), media_type="text/event-stream")
+            return StreamingResponse(self._stream(model), media_type="text/event-stream")
         await asyncio.sleep(_delay(model))
         return JSONResponse({"data": [] if model == "empty" else [ANSWERS[path]] * num_texts})
 
-
-async def _stream(model: str) -> AsyncIterator[str]:
-    for piece in PIECES:
-        await asyncio.sleep(_delay(model))
-        yield f"data: {json.dumps({'choices': [{'text': piece}]})}\n\n"
-    yield f"data: {json.dumps({'choices': [{'text': '', 'finish_reason': 'length'}]})}\n\n"
-    if model != "empty":
-        yield "data: [DONE]\n\n"
+    async def _stream(self, model: str) -> AsyncIterator[str]:
+        waits: list[float] = []
+        self.waits.append(waits)
+        for piece in PIECES:
+            begin = time.perf_counter()
+            await asyncio.sleep(_delay(model))
+            waits.append(time.perf_counter() - begin)
+            yield f"data: {json.dumps({'choices': [{'text': piece}]})}\n\n"
+        yield f"data: {json.dumps({'choices': [{'text': '', 'finish_reason': 'length'}]})}\n\n"
+        if model != "empty":
+            yield "data: [DONE]\n\n"
 
 
 def _delay(model: str) -> float:
