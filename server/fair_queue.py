@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from typing import Generic, Protocol, TypeVar
 
-RECENT_SECONDS = 10
+RECENT_SECONDS = 60
 """For so long a tenant is active after it asked for something or something of it ran."""
 SMALL = 4
 """Beside a tenant that asks for little, others get this part of their share of a step."""

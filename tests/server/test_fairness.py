@@ -35,6 +35,7 @@ class Scene:
 SCENES = {
     "classification": Scene(0.010, 0.0010, 10, outputs=0, callers=8, texts=8),
     "generation": Scene(0.010, 0.0025, 1, outputs=16, callers=24, texts=1),
+    "generation, long": Scene(0.010, 0.0025, 0.25, outputs=64, callers=24, texts=1),
     "generation, nothing waits": Scene(0.010, 0.0025, 1, outputs=16, callers=8, texts=1),
 }
 
