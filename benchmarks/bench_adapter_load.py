@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -98,32 +99,30 @@ class Experiment:
             if kind.act is first_request:
                 for name in dict.fromkeys(names):
                     await load(http, name)
+            acts = [partial(kind.act, http, name) for name in names] if kind.act else []
             drop_from_page_cache(self.root)
             client = Client(http, make_dialect("molex-classify", None), TIMEOUT_SECONDS)
             async with asyncio.TaskGroup() as group:
                 neighbours = group.create_task(open_loop(client, plan if kind.neighbours else []))
-                acting = group.create_task(self._act_on_all(kind.act, http, names))
+                acting = group.create_task(self._when_due(acts))
             times.neighbours += [METRICS["total"](result)[0] for result in neighbours.result()]
             times.loads += acting.result()
             for name in dict.fromkeys(names):
                 (await http.delete(f"/v1/adapters/{name}")).raise_for_status()
 
-    async def _act_on_all(
-        self, act: Act | None, http: httpx.AsyncClient, names: Sequence[str]
-    ) -> list[float]:
-        """Seconds from due to done, by name."""
+    async def _when_due(self, acts: Sequence[Callable[[], Awaitable[None]]]) -> list[float]:
+        """Seconds from due to done of each."""
         start = time.perf_counter()
 
-        async def timed(name: str, due: float) -> float:
-            assert act is not None
-            await act(http, name)
+        async def timed(act: Callable[[], Awaitable[None]], due: float) -> float:
+            await act()
             return time.perf_counter() - due
 
         tasks = []
         async with asyncio.TaskGroup() as group:
-            for name, due in zip(names, self.due[: len(names)], strict=True):
+            for act, due in zip(acts, self.due[: len(acts)], strict=True):
                 await asyncio.sleep(start + due - time.perf_counter())
-                tasks.append(group.create_task(timed(name, start + due)))
+                tasks.append(group.create_task(timed(act, start + due)))
         return [task.result() for task in tasks]
 
 

@@ -97,15 +97,20 @@ class CompletionChoice(Answer):
     routes: Route | None = None
 
 
-class Completion(Answer):
-    """OpenAI's text completion. Streamed, each event has this shape, and the last one is `[DONE]`."""
+class Generated(Answer):
+    """What all generated texts have, whole or in parts. The digest is null for a bare base."""
 
     id: str
-    object: Literal["text_completion"]
     created: int
     model: str
-    choices: list[CompletionChoice]
     adapter_digest: str | None
+
+
+class Completion(Generated):
+    """OpenAI's text completion. Streamed, each event has this shape, and the last one is `[DONE]`."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
     usage: Usage | None = None
 
 
@@ -130,25 +135,26 @@ class ChatMessage(Answer):
     content: str
 
 
-class ChatChoice(Answer):
-    """`routes` where the request has `return_routes`."""
+class ChatPart(Answer):
+    """What a choice of a chat has, whole or in parts."""
 
     index: int
-    message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
     routes: Route | None = None
 
 
-class ChatCompletion(Answer):
+class ChatChoice(ChatPart):
+    """`routes` where the request has `return_routes`."""
+
+    message: ChatMessage
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(Generated):
     """OpenAI's chat completion. Streamed, each event is a ChatChunk, and the last one is `[DONE]`."""
 
-    id: str
     object: Literal["chat.completion"]
-    created: int
-    model: str
     choices: list[ChatChoice]
-    adapter_digest: str | None
     usage: Usage
 
 
@@ -159,25 +165,18 @@ class ChatDelta(Answer):
     content: str | None = None
 
 
-class ChatChunkChoice(Answer):
+class ChatChunkChoice(ChatPart):
     """`routes` at the end where the request has `return_routes`."""
 
-    index: int
     delta: ChatDelta
-    logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"] | None
-    routes: Route | None = None
 
 
-class ChatChunk(Answer):
+class ChatChunk(Generated):
     """A part of OpenAI's chat completion. `usage` where the request has `include_usage`."""
 
-    id: str
     object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
-    adapter_digest: str | None
     usage: Usage | None = None
 
 
