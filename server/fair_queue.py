@@ -26,6 +26,10 @@ class Queueable(Protocol):
     @property
     def num_new_tokens(self) -> int: ...
     @property
+    def num_pages(self) -> int:
+        """Pages of the key-value cache that it is to hold; 0 for what is no generation."""
+
+    @property
     def priority(self) -> int:
         """Lower is earlier, among the sequences of one tenant."""
 
@@ -44,6 +48,7 @@ class Line(Generic[Q]):
         """Priority, number in order of arrival, sequence; sorted."""
         self._served = 0
         self.tokens = 0
+        self.generations = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -54,6 +59,7 @@ class Line(Generic[Q]):
     def add(self, number: int, sequence: Q) -> None:
         insort(self._entries, (sequence.priority, number, sequence))
         self.tokens += sequence.num_new_tokens
+        self.generations += sequence.num_pages > 0
 
     def peek(self) -> Q:
         return self._entries[self._next()][2]
@@ -62,12 +68,14 @@ class Line(Generic[Q]):
         """Remove the next one; returns its number too."""
         _, number, sequence = self._entries.pop(self._next())
         self.tokens -= sequence.num_new_tokens
+        self.generations -= sequence.num_pages > 0
         return number, sequence
 
     def keep(self, wanted: Callable[[Q], bool]) -> None:
         """Forget the others."""
         self._entries = [entry for entry in self._entries if wanted(entry[2])]
         self.tokens = sum(sequence.num_new_tokens for sequence in self)
+        self.generations = sum(sequence.num_pages > 0 for sequence in self)
 
     def served(self) -> None:
         """What was removed last has had its turn."""
@@ -91,8 +99,8 @@ class FairQueue(Generic[Q]):
     others wait for is short. Beside a tenant that asks for little it gets a quarter of that, and nothing in
     a step that takes the other's, unless it had nothing in the one before: the other's next request finds
     a short step under way, and no neighbours in its own. A tenant asks for little that was active lately,
-    has no more waiting than its share, and holds a third of the `places` for generations at most. Sequences
-    of no tenant know no such bounds.
+    has no more waiting than its share, and has as many generations, waiting or running, as a third of the
+    `places` at most. Sequences of no tenant know no such bounds.
 
     Beside generations of those who ask for little, floods take as many tokens as these do, some at a time:
     then they rest, which makes steps short, until the others have generated as many.
@@ -150,13 +158,15 @@ class FairQueue(Generic[Q]):
         The tenants of `started` are active.
         """
         now = self._clock()
-        held = Counter(sequence.tenant for sequence in started)
-        self._seen |= dict.fromkeys(held, now)
+        generations = Counter(sequence.tenant for sequence in started if sequence.num_pages)
+        self._seen |= dict.fromkeys((sequence.tenant for sequence in started), now)
         self._seen = {tenant: seen for tenant, seen in self._seen.items() if now - seen <= RECENT_SECONDS}
+        for tenant, line in self._waiting.items():
+            generations[tenant] += line.generations
         self._modest = {
             tenant
             for tenant in self._seen
-            if self._tokens(tenant) <= self._share and held[tenant] <= self._few
+            if self._tokens(tenant) <= self._share and generations[tenant] <= self._few
         }
         self._reserved = not self._reserved and any(tenant in self._waiting for tenant in self._modest)
         self._let_rest([sequence for sequence in started if sequence is not partial])

@@ -15,6 +15,7 @@ class Item:
     tenant: str | None
     num_new_tokens: int = 1
     priority: int = 0
+    num_pages: int = 0
 
 
 def queue(*items: Item) -> FairQueue[Item]:
@@ -87,6 +88,23 @@ def test_one_who_asks_for_little_counts_for_some_seconds():
     assert target.share("flood") == 8
     target.begin_step([Item("flood"), Item("light")], None)
     assert target.share("flood") == 2
+
+
+def test_generations_that_wait_or_run_make_a_flood():
+    target: FairQueue[Item] = FairQueue(share=100, places=16)
+    generations = [Item("many", num_pages=1) for _ in range(6)]
+    target.extend([Item("light"), *generations[:3]])
+    target.begin_step(generations[3:5], None)
+    assert not target.floods("many")
+    target.begin_step(generations[3:], None)
+    assert target.floods("many")
+    target.keep(lambda item: item is not generations[0])
+    target.begin_step(generations[3:], None)
+    assert not target.floods("many")
+    while target.count("many") > 1:
+        target.pop()
+    target.begin_step([*generations[2:], *[Item("many")] * 9], None)
+    assert not target.floods("many")
 
 
 def test_without_tenants_there_are_no_shares():

@@ -37,6 +37,7 @@ SCENES = {
     "generation": Scene(0.010, 0.0025, 1, outputs=16, callers=24, texts=1),
     "generation, long": Scene(0.010, 0.0025, 0.25, outputs=64, callers=24, texts=1),
     "generation, nothing waits": Scene(0.010, 0.0025, 1, outputs=16, callers=8, texts=1),
+    "generation, least flood": Scene(0.010, 0.0025, 1, outputs=16, callers=6, texts=1),
 }
 
 
