@@ -12,15 +12,57 @@
 
 namespace molex {
 
-// The threads that work on one block. All of them run the same code and meet at barriers.
-struct Team {
-  int64_t rank = 0;
-  int64_t size = 1;
+// Pieces of work that some threads have in common. Each begins with a part of its own, so that it finds in its caches
+// what it had there before, and then helps the others: a core that other processes want holds nobody up.
+class Shares {
+ public:
+  explicit Shares(int64_t threads) : taken_(threads) {}
 
-  // This thread's part of `count` pieces of work.
+  // Call work(i) for those of the pieces 0 ≤ i < count of this round that no thread has taken. A later round has a
+  // larger number.
+  template <class Work>
+  void take(uint32_t round, int64_t rank, int64_t count, const Work& work) {
+    const int64_t threads = taken_.size();
+    for (int64_t k = 0; k < threads; ++k) {
+      const int64_t part = (rank + k) % threads;
+      const int64_t begin = count * part / threads, end = count * (part + 1) / threads;
+      for (int64_t i; (i = begin + next(part, round, end - begin)) < end;) work(i);
+    }
+  }
+
+ private:
+  struct alignas(64) Taken {
+    std::atomic<uint64_t> value{0};  // the round, and how many of its pieces
+  };
+
+  // The first piece of a part that was not taken yet, from now on taken; `count` where all were.
+  int64_t next(int64_t part, uint32_t round, int64_t count) {
+    std::atomic<uint64_t>& taken = taken_[part].value;
+    uint64_t seen = taken.load(std::memory_order_relaxed);
+    while (true) {
+      const auto latest = static_cast<uint32_t>(seen >> 32);
+      const int64_t first = latest == round ? static_cast<uint32_t>(seen) : 0;
+      // Who is in a later round found nothing left in this one.
+      if (latest > round || first == count) return count;
+      if (taken.compare_exchange_weak(seen, (uint64_t{round} << 32) + first + 1, std::memory_order_relaxed))
+        return first;
+    }
+  }
+
+  std::vector<Taken> taken_;
+};
+
+// The threads that work on one block. All of them run the same code and meet at barriers.
+class Team {
+ public:
+  Team() = default;
+  Team(int64_t rank_, int64_t size_, Shares& shares) : rank(rank_), size(size_), shares_(&shares) {}
+
+  // Call work(i) for 0 ≤ i < count, each on one of the threads. It does not wait for the others.
   template <class Work>
   void share(int64_t count, const Work& work) const {
-    for (int64_t i = count * rank / size; i < count * (rank + 1) / size; ++i) work(i);
+    if (size > 1) return shares_->take(++round_, rank, count, work);
+    for (int64_t i = 0; i < count; ++i) work(i);
   }
 
   // Wait until every thread of the team is here.
@@ -29,6 +71,13 @@ struct Team {
 #pragma omp barrier
     }
   }
+
+  const int64_t rank = 0;
+  const int64_t size = 1;
+
+ private:
+  Shares* shares_ = nullptr;
+  mutable uint32_t round_ = 0;
 };
 
 // With fewer blocks a thread than this, dealing them out would leave threads idle for much of the time.
@@ -42,35 +91,18 @@ std::vector<Scratch>& kept_scratches() {
   return kept;
 }
 
-// The pieces of work of one phase after the other, each taken by whichever thread is free.
-class Turns {
- public:
-  // Call work(i) for 0 ≤ i < count, on all threads of the region together, and wait until all of it is done.
-  template <class Work>
-  void share(const Team& everyone, int64_t count, int64_t& phase, const Work& work) {
-    std::atomic<int64_t>& next = next_[phase % 2];
-    // Everyone has left the phase before this one, and the one after it begins behind the barrier.
-    if (everyone.rank == 0) next_[(phase + 1) % 2] = 0;
-    for (int64_t i = next++; i < count; i = next++) work(i);
-    everyone.barrier();
-    ++phase;
-  }
-
- private:
-  std::atomic<int64_t> next_[2] = {0, 0};
-};
-
 // A thread in a region: its place among all of them, their scratches, and how they share work.
 template <class Scratch>
 class Region {
  public:
-  Region(const Team& everyone, std::vector<Scratch>& scratches, Turns& turns)
-      : everyone(everyone), scratches_(scratches), turns_(turns) {}
+  Region(int64_t rank, int64_t threads, std::vector<Scratch>& scratches, Shares& shares)
+      : everyone(rank, threads, shares), scratches_(scratches) {}
 
   // Call work(i) for 0 ≤ i < count, and wait until all of it is done.
   template <class Work>
   void share(int64_t count, const Work& work) {
-    turns_.share(everyone, count, phase_, work);
+    everyone.share(count, work);
+    everyone.barrier();
   }
 
   // Call work(block, team, scratch) for each of `count` blocks, and wait for all of them.
@@ -90,8 +122,6 @@ class Region {
 
  private:
   std::vector<Scratch>& scratches_;
-  Turns& turns_;
-  int64_t phase_ = 0;
 };
 
 // Call work(region) on all threads at once. `work` must not throw.
@@ -99,10 +129,10 @@ template <class Scratch, class Work>
 void in_one_region(const Work& work) {
   std::vector<Scratch>& scratches = kept_scratches<Scratch>();
   const int64_t threads = at::get_num_threads();
-  Turns turns;
+  Shares shares(threads);
 #pragma omp parallel num_threads(threads)
   {
-    Region<Scratch> region(Team{omp_get_thread_num(), threads}, scratches, turns);
+    Region<Scratch> region(omp_get_thread_num(), threads, scratches, shares);
     work(region);
     // `brgemm` leaves the tiles of AMX set up for its last product, which oneDNN's other products must not find.
     at::native::cpublas::brgemm_release();
