@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "elementwise.h"
+#include "few_rows.h"
 #include "low_rank.h"
 #include "nibbles.h"
 #include "team.h"
@@ -126,18 +127,27 @@ void wide_product(const Linear& linear, const std::vector<T>& x, int64_t stride,
                               std::is_same_v<T, at::BFloat16>);
 }
 
+// For rows of bfloat16 or bytes.
+template <class Dots, class T>
+void few_rows_product(const Linear& linear, int64_t rows, const std::vector<T>& x, int64_t stride, int64_t tile,
+                      typename Dots::Sum* c) {
+  const int64_t values = 4 / sizeof(T), steps = linear.stride() / values;
+  const char* w = static_cast<const char*>(linear.weights.const_data_ptr()) + tile * steps * kStepLines * kLine;
+  multiply_few<Dots>(rows, reinterpret_cast<const int32_t*>(x.data()), stride / values, w, steps, c);
+}
+
+// Rows of bytes times weights in 8 bits.
 template <class T>
-void tile_product(const Linear& linear, const Operand<T>& x, int64_t rows, int64_t tile, float* c) {
-  const int64_t k = linear.stride(), m = padded_rows(rows);
-  const Weights kind = linear.kind<T>();
-  if (kind == Weights::kSame) return wide_product(linear, x.values, x.stride, m, tile, c);
-  if (kind == Weights::kOther) return wide_product(linear, x.others, x.stride, m, tile, c);
-  if (kind == Weights::kInt4)
-    return nibble_product(x.bytes.data(), x.stride, x.roundings.data(), rows,
-                          NibbleTile(linear.weights, linear.scales, linear.sums, tile), c);
+void byte_product(const Linear& linear, const Operand<T>& x, int64_t rows, int64_t tile, float* c) {
   auto* sums = reinterpret_cast<int32_t*>(c);
-  const auto* w = reinterpret_cast<const signed char*>(linear.weights.const_data_ptr<int8_t>()) + tile * k * kTile;
-  at::native::cpublas::brgemm(m, kTile, k, x.stride, kTile, kTile, false, x.bytes.data(), w, sums, true);
+  if (takes_dots(rows)) {
+    few_rows_product<ByteDots>(linear, rows, x.bytes, x.stride, tile, sums);
+  } else {
+    const int64_t k = linear.stride();
+    const auto* w = reinterpret_cast<const signed char*>(linear.weights.const_data_ptr<int8_t>()) + tile * k * kTile;
+    at::native::cpublas::brgemm(padded_rows(rows), kTile, k, x.stride, kTile, kTile, false, x.bytes.data(), w, sums,
+                                true);
+  }
   const int32_t* column = linear.sums.const_data_ptr<int32_t>() + tile * kTile;
   const float* scale = linear.scales.const_data_ptr<float>() + tile * kTile;
   for (int64_t r = 0; r < rows; ++r) {
@@ -145,6 +155,22 @@ void tile_product(const Linear& linear, const Operand<T>& x, int64_t rows, int64
     const auto [row_scale, zero] = x.roundings[r];
     for (int64_t j = 0; j < kTile; ++j)
       c[r * kTile + j] = static_cast<float>(sums[r * kTile + j] - zero * column[j]) * (row_scale * scale[j]);
+  }
+}
+
+template <class T>
+void tile_product(const Linear& linear, const Operand<T>& x, int64_t rows, int64_t tile, float* c) {
+  const Weights kind = linear.kind<T>();
+  if constexpr (std::is_same_v<T, at::BFloat16>)
+    if (kind == Weights::kSame && takes_dots(rows))
+      return few_rows_product<HalfDots>(linear, rows, x.values, x.stride, tile, c);
+  switch (kind) {
+    case Weights::kSame: return wide_product(linear, x.values, x.stride, padded_rows(rows), tile, c);
+    case Weights::kOther: return wide_product(linear, x.others, x.stride, padded_rows(rows), tile, c);
+    case Weights::kInt8: return byte_product(linear, x, rows, tile, c);
+    case Weights::kInt4:
+      return nibble_product(x.bytes.data(), x.stride, x.roundings.data(), rows,
+                            NibbleTile(linear.weights, linear.scales, linear.sums, tile), c);
   }
 }
 

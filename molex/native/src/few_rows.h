@@ -1,0 +1,90 @@
+// Products of few rows with a tile of weights, on vectors. Their time is that of the weights' way from memory, so AMX
+// gains nothing; and it loses much where other virtual machines on the same core use that unit.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace molex {
+
+// Of one product. With more rows AMX is faster even so.
+constexpr int64_t kFewRows = 8;
+// As many as the registers hold sums of.
+constexpr int64_t kRowsAtOnce = 6;
+// A tile has 64 columns. Its weights come in steps: of each column the 4 bytes that one dot product takes.
+constexpr int64_t kStepColumns = 64, kStepVectors = 4, kStepLines = 4, kLine = 64;
+
+#define MOLEX_DOTS __attribute__((target("avx512bf16,avx512vnni")))
+
+// Whether as many rows are better multiplied here, and this CPU can.
+inline bool takes_dots(int64_t rows) {
+  static const bool can = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  return rows <= kFewRows && can;
+}
+
+// Dot products of two values in bfloat16.
+struct HalfDots {
+  using Sum = float;
+  using Sums = __m512;
+  MOLEX_DOTS static Sums add(Sums sums, __m512i w, __m512i x) {
+    return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
+  }
+  static void store(Sums sums, float* c) { _mm512_storeu_ps(c, sums); }
+};
+
+// Dot products of four bytes, of which those of x have no sign.
+struct ByteDots {
+  using Sum = int32_t;
+  using Sums = __m512i;
+  MOLEX_DOTS static Sums add(Sums sums, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sums, x, w); }
+  static void store(Sums sums, int32_t* c) { _mm512_storeu_si512(c, sums); }
+};
+
+// What is fetched from memory meanwhile: some lines from `first` on.
+struct Ahead {
+  const char* first;
+  int64_t lines;
+};
+
+// c [kRows, 64] = x · W for rows x, `stride` apart, of 4 bytes for each of the `steps` of the tile w.
+template <class Dots, int64_t kRows>
+MOLEX_DOTS void multiply_at_once(const int32_t* x, int64_t stride, const char* w, int64_t steps, Ahead ahead,
+                                 typename Dots::Sum* c) {
+  typename Dots::Sums sums[kRows][kStepVectors] = {};
+  int64_t fetched = 0;
+  for (int64_t k = 0; k < steps; ++k, w += kStepLines * kLine) {
+    for (; fetched * steps < ahead.lines * (k + 1); ++fetched) _mm_prefetch(ahead.first + fetched * kLine, _MM_HINT_T1);
+    for (int64_t r = 0; r < kRows; ++r) {
+      const __m512i value = _mm512_set1_epi32(x[r * stride + k]);
+      for (int64_t v = 0; v < kStepVectors; ++v)
+        sums[r][v] = Dots::add(sums[r][v], _mm512_loadu_si512(w + v * kLine), value);
+    }
+  }
+  for (int64_t r = 0; r < kRows; ++r)
+    for (int64_t v = 0; v < kStepVectors; ++v) Dots::store(sums[r][v], c + r * kStepColumns + v * 16);
+}
+
+// c [rows, 64] = x · W. The tile behind W is fetched meanwhile: it is likely the next.
+template <class Dots>
+void multiply_few(int64_t rows, const int32_t* x, int64_t stride, const char* w, int64_t steps, typename Dots::Sum* c) {
+  const int64_t passes = (rows + kRowsAtOnce - 1) / kRowsAtOnce, lines = steps * kStepLines;
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t begin = rows * pass / passes, count = rows * (pass + 1) / passes - begin;
+    const int64_t first = lines * pass / passes;
+    const Ahead ahead{w + (lines + first) * kLine, lines * (pass + 1) / passes - first};
+    const auto with = [&]<int64_t kRows>() {
+      multiply_at_once<Dots, kRows>(x + begin * stride, stride, w, steps, ahead, c + begin * kStepColumns);
+    };
+    switch (count) {
+      case 1: with.template operator()<1>(); break;
+      case 2: with.template operator()<2>(); break;
+      case 3: with.template operator()<3>(); break;
+      case 4: with.template operator()<4>(); break;
+      case 5: with.template operator()<5>(); break;
+      default: with.template operator()<kRowsAtOnce>();
+    }
+  }
+}
+
+}  // namespace molex
