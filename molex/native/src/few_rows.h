@@ -1,19 +1,19 @@
 // Products of few rows with a tile of weights, on vectors. Their time is that of the weights' way from memory, so AMX
-// gains nothing; and it loses much where other virtual machines on the same core use that unit.
+// gains nothing; and on shared machines products of few rows took up to twice as long on it, for minutes.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
 
+#include "tile.h"
+
 namespace molex {
 
-// Of one product. With more rows AMX is faster even so.
+// Of one product. For sixteen AMX is as fast or faster.
 constexpr int64_t kFewRows = 8;
 // As many as the registers hold sums of.
 constexpr int64_t kRowsAtOnce = 6;
-// A tile has 64 columns. Its weights come in steps: of each column the 4 bytes that one dot product takes.
-constexpr int64_t kStepColumns = 64, kStepVectors = 4, kStepLines = 4, kLine = 64;
 
 #define MOLEX_DOTS __attribute__((target("avx512bf16,avx512vnni")))
 
@@ -47,34 +47,36 @@ struct Ahead {
   int64_t lines;
 };
 
-// c [kRows, 64] = x · W for rows x, `stride` apart, of 4 bytes for each of the `steps` of the tile w.
+// c [kRows, kTile] = x · W for rows x, `stride` apart. Both come in steps of what one dot product takes: 4 bytes of each
+// row, and of each column of the tile w, whose vectors are cache lines.
 template <class Dots, int64_t kRows>
 MOLEX_DOTS void multiply_at_once(const int32_t* x, int64_t stride, const char* w, int64_t steps, Ahead ahead,
                                  typename Dots::Sum* c) {
-  typename Dots::Sums sums[kRows][kStepVectors] = {};
+  typename Dots::Sums sums[kRows][kTileVectors] = {};
   int64_t fetched = 0;
-  for (int64_t k = 0; k < steps; ++k, w += kStepLines * kLine) {
-    for (; fetched * steps < ahead.lines * (k + 1); ++fetched) _mm_prefetch(ahead.first + fetched * kLine, _MM_HINT_T1);
+  for (int64_t k = 0; k < steps; ++k, w += kTileVectors * kCacheLine) {
+    for (; fetched * steps < ahead.lines * (k + 1); ++fetched) _mm_prefetch(ahead.first + fetched * kCacheLine, _MM_HINT_T1);
     for (int64_t r = 0; r < kRows; ++r) {
       const __m512i value = _mm512_set1_epi32(x[r * stride + k]);
-      for (int64_t v = 0; v < kStepVectors; ++v)
-        sums[r][v] = Dots::add(sums[r][v], _mm512_loadu_si512(w + v * kLine), value);
+      for (int64_t v = 0; v < kTileVectors; ++v)
+        sums[r][v] = Dots::add(sums[r][v], _mm512_loadu_si512(w + v * kCacheLine), value);
     }
   }
   for (int64_t r = 0; r < kRows; ++r)
-    for (int64_t v = 0; v < kStepVectors; ++v) Dots::store(sums[r][v], c + r * kStepColumns + v * 16);
+    for (int64_t v = 0; v < kTileVectors; ++v) Dots::store(sums[r][v], c + r * kTile + v * 16);
 }
 
-// c [rows, 64] = x · W. The tile behind W is fetched meanwhile: it is likely the next.
+// c [rows, kTile] = x · W. The tile behind W is fetched meanwhile: it is likely the next, and where there is none,
+// asking does nothing.
 template <class Dots>
 void multiply_few(int64_t rows, const int32_t* x, int64_t stride, const char* w, int64_t steps, typename Dots::Sum* c) {
-  const int64_t passes = (rows + kRowsAtOnce - 1) / kRowsAtOnce, lines = steps * kStepLines;
+  const int64_t passes = (rows + kRowsAtOnce - 1) / kRowsAtOnce, lines = steps * kTileVectors;
   for (int64_t pass = 0; pass < passes; ++pass) {
     const int64_t begin = rows * pass / passes, count = rows * (pass + 1) / passes - begin;
     const int64_t first = lines * pass / passes;
-    const Ahead ahead{w + (lines + first) * kLine, lines * (pass + 1) / passes - first};
+    const Ahead ahead{w + (lines + first) * kCacheLine, lines * (pass + 1) / passes - first};
     const auto with = [&]<int64_t kRows>() {
-      multiply_at_once<Dots, kRows>(x + begin * stride, stride, w, steps, ahead, c + begin * kStepColumns);
+      multiply_at_once<Dots, kRows>(x + begin * stride, stride, w, steps, ahead, c + begin * kTile);
     };
     switch (count) {
       case 1: with.template operator()<1>(); break;

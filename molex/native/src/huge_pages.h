@@ -9,10 +9,11 @@
 #include <new>
 #include <vector>
 
+#include "tile.h"
+
 namespace molex {
 
 constexpr int64_t kHugePage = int64_t{2} << 20;
-constexpr int64_t kCacheLine = 64;
 
 inline int64_t rounded_up(int64_t bytes, int64_t step) { return (bytes + step - 1) / step * step; }
 

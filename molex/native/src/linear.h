@@ -14,11 +14,9 @@
 #include "low_rank.h"
 #include "nibbles.h"
 #include "team.h"
+#include "tile.h"
 
 namespace molex {
-
-// Columns of a tile. 64 rows of it in float32 fit the first cache of a core.
-constexpr int64_t kTile = 64;
 
 // Neighbouring columns of one tile that belong to one linear layer of the stock block.
 struct Piece {
@@ -132,7 +130,7 @@ template <class Dots, class T>
 void few_rows_product(const Linear& linear, int64_t rows, const std::vector<T>& x, int64_t stride, int64_t tile,
                       typename Dots::Sum* c) {
   const int64_t values = 4 / sizeof(T), steps = linear.stride() / values;
-  const char* w = static_cast<const char*>(linear.weights.const_data_ptr()) + tile * steps * kStepLines * kLine;
+  const char* w = static_cast<const char*>(linear.weights.const_data_ptr()) + tile * steps * kTileVectors * kCacheLine;
   multiply_few<Dots>(rows, reinterpret_cast<const int32_t*>(x.data()), stride / values, w, steps, c);
 }
 

@@ -8,12 +8,10 @@
 #include <cstdint>
 
 #include "elementwise.h"
+#include "tile.h"
 
 namespace molex {
 
-// Columns of a tile, as in linear.h, and the vectors of 16 that they are.
-constexpr int64_t kNibbleColumns = 64;
-constexpr int64_t kNibbleVectors = kNibbleColumns / 16;
 // Inputs of a column that share a scale.
 constexpr int64_t kGroup = 64;
 // Inputs that lie together: of each column four bytes, whose low halves are the first four and high halves the others.
@@ -26,9 +24,9 @@ constexpr int kNibbleZero = 8;
 struct NibbleTile {
   NibbleTile(const at::Tensor& all, const at::Tensor& all_scales, const at::Tensor& all_sums, int64_t tile)
       : inputs(all.size(1) * 2),
-        weights(all.const_data_ptr<uint8_t>() + tile * all.size(1) * kNibbleColumns),
-        scales(all_scales.const_data_ptr<float>() + tile * all_scales.size(1) * kNibbleColumns),
-        sums(all_sums.const_data_ptr<float>() + tile * kNibbleColumns) {}
+        weights(all.const_data_ptr<uint8_t>() + tile * all.size(1) * kTile),
+        scales(all_scales.const_data_ptr<float>() + tile * all_scales.size(1) * kTile),
+        sums(all_sums.const_data_ptr<float>() + tile * kTile) {}
 
   int64_t inputs;
   const uint8_t* weights;
@@ -39,7 +37,7 @@ struct NibbleTile {
 // What is taken off for the zero of a row, of each column: the sum of its weights [tiles · columns].
 inline at::Tensor nibble_sums(const at::Tensor& weights, const at::Tensor& scales) {
   const int64_t tiles = weights.size(0), steps = weights.size(1) * 2 / kNibbleStep;
-  const at::Tensor bytes = weights.view({tiles, steps, kNibbleColumns, kNibbleStep / 2});
+  const at::Tensor bytes = weights.view({tiles, steps, kTile, kNibbleStep / 2});
   const at::Tensor both = bytes.bitwise_and(15).to(at::kFloat) + bytes.bitwise_right_shift(4).to(at::kFloat);
   const at::Tensor sums = (both - 2 * kNibbleZero).sum(3);
   const at::Tensor group = at::arange(steps) * kNibbleStep / kGroup;
@@ -51,14 +49,14 @@ template <int64_t kRows>
 __attribute__((target("avx512vnni"))) void nibble_rows(const uint8_t* x, int64_t stride, const Rounding* roundings,
                                                        const NibbleTile& tile, float* c) {
   const __m512i low_half = _mm512_set1_epi8(15), zero = _mm512_set1_epi8(kNibbleZero);
-  std::fill_n(c, kRows * kNibbleColumns, 0.0f);
+  std::fill_n(c, kRows * kTile, 0.0f);
   const uint8_t* w = tile.weights;
   const float* scales = tile.scales;
-  for (int64_t first = 0; first < tile.inputs; first += kGroup, scales += kNibbleColumns) {
+  for (int64_t first = 0; first < tile.inputs; first += kGroup, scales += kTile) {
     const int64_t end = std::min(first + kGroup, tile.inputs);
-    __m512i sums[kRows][kNibbleVectors] = {};
-    for (int64_t k = first; k < end; k += kNibbleStep, w += kNibbleColumns * kNibbleStep / 2) {
-      for (int64_t v = 0; v < kNibbleVectors; ++v) {
+    __m512i sums[kRows][kTileVectors] = {};
+    for (int64_t k = first; k < end; k += kNibbleStep, w += kTile * kNibbleStep / 2) {
+      for (int64_t v = 0; v < kTileVectors; ++v) {
         const __m512i both = _mm512_loadu_si512(w + v * 64);
         const __m512i low = _mm512_sub_epi8(_mm512_and_si512(both, low_half), zero);
         const __m512i high = _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(both, 4), low_half), zero);
@@ -70,15 +68,15 @@ __attribute__((target("avx512vnni"))) void nibble_rows(const uint8_t* x, int64_t
       }
     }
     for (int64_t r = 0; r < kRows; ++r)
-      for (int64_t v = 0; v < kNibbleVectors; ++v) {
-        float* y = c + r * kNibbleColumns + v * 16;
+      for (int64_t v = 0; v < kTileVectors; ++v) {
+        float* y = c + r * kTile + v * 16;
         const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][v]), _mm512_loadu_ps(scales + v * 16));
         _mm512_storeu_ps(y, _mm512_add_ps(_mm512_loadu_ps(y), product));
       }
   }
   for (int64_t r = 0; r < kRows; ++r)
-    for (int64_t j = 0; j < kNibbleColumns; ++j) {
-      float& y = c[r * kNibbleColumns + j];
+    for (int64_t j = 0; j < kTile; ++j) {
+      float& y = c[r * kTile + j];
       y = roundings[r].scale * (y - static_cast<float>(roundings[r].zero) * tile.sums[j]);
     }
 }
@@ -87,7 +85,7 @@ inline void nibble_product(const uint8_t* x, int64_t stride, const Rounding* rou
                            const NibbleTile& tile, float* c) {
   for (int64_t r = 0; r < rows;) {
     const uint8_t* some = x + r * stride;
-    float* y = c + r * kNibbleColumns;
+    float* y = c + r * kTile;
     switch (rows - r) {
       case 1: nibble_rows<1>(some, stride, roundings + r, tile, y), r += 1; break;
       case 2: nibble_rows<2>(some, stride, roundings + r, tile, y), r += 2; break;

@@ -13,7 +13,7 @@
 namespace molex {
 
 // Pieces of work that some threads have in common. Each begins with a part of its own, so that it finds in its caches
-// what it had there before, and then helps the others: a core that other processes want holds nobody up.
+// what it had there before, and then helps the others, which a core that other processes want would hold up.
 class Shares {
  public:
   explicit Shares(int64_t threads) : taken_(threads) {}
