@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,11 @@ class LowRank:
     a: Tensor
     b: Tensor
     scaling: float
+
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether the factors are being trained, so that a copy of them would soon be an old one."""
+        return self.a.requires_grad or self.b.requires_grad
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,24 +102,22 @@ class Block:
 class Stack:
     """The factors of several adapters at a site side by side: a [R, in], b [R, out].
 
-    `layout` lists the adapters by their index as in `Packed.members`, in order, with rank and scaling.
+    `layout` lists the adapters by their index as in `Packed.members`, with the first of their ranks, the rank
+    after their last, and the scaling.
     """
 
     a: Tensor
     b: Tensor
-    layout: tuple[tuple[int, int, float], ...]
+    layout: tuple[tuple[int, int, int, float], ...]
 
     @cached_property
     def places(self) -> dict[int, range]:
         """Where the ranks of each adapter are."""
-        ends = list(accumulate(rank for _, rank, _ in self.layout))
-        return {
-            member: range(end - rank, end) for (member, rank, _), end in zip(self.layout, ends, strict=True)
-        }
+        return {member: range(first, end) for member, first, end, _ in self.layout}
 
     @cached_property
     def scalings(self) -> dict[int, float]:
-        return {member: scaling for member, _, scaling in self.layout}
+        return {member: scaling for member, _, _, scaling in self.layout}
 
     @property
     def width(self) -> int:
@@ -175,7 +178,7 @@ def _block(runs: Sequence[Run], stack: Stack) -> Block:
         gates[start - first : stop - first, column : column + len(place)] = stack.scalings[member]
         column += len(place)
     ranks: slice | Tensor = slice(places[0].start, places[-1].stop)
-    if gates.shape[1] != places[-1].stop - places[0].start:
+    if any(place.stop != after.start for place, after in pairwise(places)):
         ranks = torch.tensor([rank for place in places for rank in place], device=stack.a.device)
     gate = torch.from_numpy(gates).to(stack.a)
     return Block(first, end, ranks, gate, gate == 0 if len(runs) > 1 else None)
@@ -192,18 +195,26 @@ class BatchLora:
                 self.updates.setdefault(site, {})[member] = update
         self._stacks: dict[Site, Stack] = {}
 
+    def read(self, stacks: Mapping[Site, Stack]) -> None:
+        """Use stacks that are there already."""
+        self._stacks.update(stacks)
+
     def stack(self, site: Site) -> Stack:
         """The factors of every adapter at a site side by side; built once, but for factors that change."""
         kept = self._stacks.get(site)
         if kept is not None:
             return kept
         updates = self.updates[site]
+        ends = list(accumulate(len(update.a) for update in updates.values()))
         stack = Stack(
             torch.cat([update.a for update in updates.values()]),
             torch.cat([update.b.T for update in updates.values()]),
-            tuple((member, len(update.a), update.scaling) for member, update in updates.items()),
+            tuple(
+                (member, end - len(update.a), end, update.scaling)
+                for (member, update), end in zip(updates.items(), ends, strict=True)
+            ),
         )
-        if not any(update.a.requires_grad or update.b.requires_grad for update in updates.values()):
+        if not any(update.takes_gradients for update in updates.values()):
             self._stacks[site] = stack
         return stack
 

@@ -19,10 +19,12 @@ from torch import Tensor
 from molex.adapter import BARE, Adapter
 from molex.adapter_file import read_adapter
 from molex.backbone import Backbone, BaseSpec
+from molex.bank import AdapterBank
 from molex.decoding import Decoding, can_decode, is_decoding
 from molex.errors import InputError
 from molex.forward import Forward
 from molex.kv_cache import KVCache
+from molex.layers import StockLayers
 from molex.lora import BatchLora
 from molex.native.weights import Bits
 from molex.passes import Pass, RunOutput, RunStats, joined, uncounted
@@ -49,13 +51,18 @@ class Stacks:
         return [reference() for reference in self.adapters] == adapters
 
 
+NO_STACKS = Stacks([], BatchLora([]))
+
+
 class MolexModel:
     """A base model, loaded once, and the adapters that are resident on it."""
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self._adapters: dict[str, Adapter] = {}
-        self._stacks = Stacks([], BatchLora([]))
+        self._stacks = NO_STACKS
+        self.bank: AdapterBank | None = None
+        """Where batches read the factors of their adapters, if not from stacks of their own."""
         self._decoding: Decoding | None = None
 
     @classmethod
@@ -81,6 +88,15 @@ class MolexModel:
         """
         self.backbone.prepack(bits, routed_bits)
 
+    def use_bank(self, max_bytes: int) -> None:
+        """Keep factors of adapters in an `AdapterBank` from now on, where PyTorch runs the layers.
+
+        The kernels read the factors of each adapter where it keeps them: call `prepack` first.
+        """
+        if isinstance(self.backbone.layers, StockLayers):
+            self._stacks = NO_STACKS
+            self.bank = AdapterBank(max_bytes, torch.promote_types(self.dtype, torch.float32), self.device)
+
     def warm_up(self, max_rows: int) -> None:
         """Compile the matrix kernels of passes with up to `max_rows` tokens."""
         self.backbone.warm_up(max_rows)
@@ -101,6 +117,11 @@ class MolexModel:
     def nbytes(self) -> int:
         """What the base's weights take in memory, in all their precisions."""
         return self.backbone.nbytes
+
+    @property
+    def bank_bytes(self) -> int:
+        """What the bank's arrays take in memory."""
+        return self.bank.nbytes if self.bank is not None else 0
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
@@ -238,11 +259,13 @@ class MolexModel:
         """Keep the last batch's stacked factors: a decoding step has the adapters of the one before."""
         stacks = self._stacks
         if not stacks.are_of(adapters):
+            # What the last batch read from the bank may go for what this one needs there.
+            stacks = self._stacks = NO_STACKS
+            lora = BatchLora([adapter.lora for adapter in adapters])
+            if self.bank is not None:
+                self.bank.serve(lora)
             forget = partial(_forget_stacks, ref(self))
-            stacks = Stacks(
-                [ref(adapter, forget) for adapter in adapters], BatchLora([a.lora for a in adapters])
-            )
-            self._stacks = stacks
+            stacks = self._stacks = Stacks([ref(adapter, forget) for adapter in adapters], lora)
         return stacks.lora
 
 
@@ -253,4 +276,4 @@ def distinct_adapters(rows: Sequence[Row]) -> list[Adapter]:
 def _forget_stacks(model: ReferenceType[MolexModel], _: ReferenceType[Adapter]) -> None:
     """An adapter of the last batch has died, on whatever thread: its stacked factors are to go with it."""
     if (alive := model()) is not None:
-        alive._stacks = Stacks([], BatchLora([]))
+        alive._stacks = NO_STACKS

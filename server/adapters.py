@@ -12,6 +12,7 @@ from threading import RLock
 from molex.adapter import Adapter
 from molex.adapter_file import CONFIG_NAME
 from molex.errors import AdapterError
+from molex.lora import LoraWeights
 from molex.model import MolexModel
 from server.errors import ErrorKind, ServiceError, adapter_not_found
 from server.metrics import Metrics
@@ -48,6 +49,9 @@ class AdapterStore:
             settings.max_resident_adapters, settings.max_resident_bytes
         )
         self._lock = RLock()
+        for model in models.values():
+            if model.bank is not None:
+                model.bank.pinned = self._pinned_factors
 
     def watch_use(self, in_use: Callable[[], Set[Adapter]]) -> None:
         """Never evict what this function returns: the adapters of admitted requests."""
@@ -277,6 +281,10 @@ class AdapterStore:
             self.publish(served, {str(served.version): served})
             self.keep(served, adapter, evict=evict)
         return created
+
+    def _pinned_factors(self) -> set[LoraWeights]:
+        with self._lock:
+            return {adapter.lora for adapter in self._residents.pinned()}
 
     def _is_served(self, served: ServedAdapter) -> bool:
         return self.find(f"{served.name}@{served.version}") is served

@@ -38,6 +38,7 @@ def load_base(name: str, source: str, settings: Settings) -> Base:
     precision = choose_precision(settings)
     model = MolexModel.from_pretrained(source, precision.own, routed_dtype=precision.routed)
     model.prepack(precision.bits, precision.routed_bits)
+    model.use_bank(settings.max_bank_bytes)
     model.warm_up(min(WARM_ROWS, settings.max_batch_tokens))
     tokenization = Tokenization.from_pretrained(source, model.spec, max_length=settings.max_length)
     runner = ModelRunner(

@@ -269,6 +269,7 @@ class Engine:
             memory={
                 "weights": lambda: self.bases[base].model.nbytes,
                 "adapters": lambda: sum(served.nbytes for served in self.adapters.residents(base)),
+                "bank": lambda: self.bases[base].model.bank_bytes,
                 "leaving_adapters": lambda: self._leaving_bytes(base),
                 "kv_cache": lambda: runner.cache_bytes,
             },

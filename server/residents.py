@@ -47,6 +47,10 @@ class Residents(Generic[K]):
         """The residents, least recently used first."""
         return iter(self._weights)
 
+    def pinned(self) -> set[Adapter]:
+        """The weights that stay."""
+        return {adapter for key, adapter in self._weights.items() if key.pinned}
+
     def leaving(self) -> set[Adapter]:
         """Adapters that requests use and that are no longer resident."""
         return set(self.in_use()).difference(self._weights.values())

@@ -188,6 +188,13 @@ class Settings(CatalogueSettings):
     max_resident_bytes: int = Field(
         4_294_967_296, ge=1, le=2**50, description="Memory for the weights of adapters."
     )
+    max_bank_bytes: int = Field(
+        268_435_456,
+        ge=0,
+        le=2**50,
+        description="Memory for low-rank factors side by side, per base, where PyTorch runs the layers; the "
+        "kernels need none.",
+    )
     pool_threads: int = Field(
         4, ge=1, le=256, description="Threads that tokenize, and as many that read adapters."
     )

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from molex import AdapterError, BaseModelError, InputError, MolexModel, Row, write_adapter
 from molex.adapter import new_adapter
 from molex.lora import BatchLora
+from molex.native.layers import NativeLayers
 from molex.reference import Reference
 from tests.tiny import (
     DECODERS,
@@ -213,11 +214,13 @@ def test_unloading_forgets_an_adapter(model):
             use()
 
 
-@pytest.mark.parametrize("prepacked", [False, True])
+@pytest.mark.parametrize("kept", ["stacks", "bank", "prepacked"])
 @pytest.mark.parametrize("forget", ["unload", "replace"])
-def test_the_memory_of_an_adapter_goes_with_its_last_holder(model, tmp_path, forget, prepacked):
-    if prepacked:
+def test_the_memory_of_an_adapter_goes_with_its_last_holder(model, tmp_path, forget, kept):
+    if kept == "prepacked":
         model.prepack()
+    if kept == "bank":
+        model.use_bank(2**20)
     held = model.adapters["a"]
     factors = [weakref.ref(update.a) for update in held.lora.updates.values()]
     model([[5, 7], [3]], ["a", "b"])
@@ -236,6 +239,40 @@ def test_stacked_factors_serve_the_next_batch_of_the_same_adapters(model, monkey
     for names in (["a", "b"], ["a", "b", "a"], ["b", "a"], [None], ["a", "b"]):
         model([[5]] * len(names), names)
     assert [len(lora) for lora in built] == [2, 2, 1, 2]
+
+
+@pytest.mark.parametrize("max_bytes", [0, 2**20])
+def test_a_bank_changes_no_result(model, max_bytes):
+    inputs, names = [random_ids(n, seed=n) for n in (3, 1, 6)], ["b", None, "a"]
+    expected = model(inputs, names)
+    model.use_bank(max_bytes)
+    output = model(inputs, names)
+    assert len(model.bank) == (2 if max_bytes else 0)
+    assert output.routes == expected.routes
+    for logits, own in zip(output.logits, expected.logits, strict=True):
+        torch.testing.assert_close(logits, own, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_pass_that_has_stopped_keeps_its_slots(model):
+    first, second = model.adapters["a"], model.adapters["b"]
+    row = Row(random_ids(6, seed=1), first)
+    expected = model.run([row]).logits[0]
+    model.use_bank(sum(update.a.nbytes + update.b.nbytes for update in first.lora.updates.values()))
+    stopped = model.begin([row])
+    stopped.advance(2)
+    model.run([Row(random_ids(3, seed=2), second)])
+    assert [adapter.lora in model.bank for adapter in (first, second)] == [True, False]
+    stopped.advance(stopped.depths_left)
+    torch.testing.assert_close(stopped.output().logits[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_kernels_read_the_factors_where_the_adapters_keep_them(model):
+    model.prepack()
+    model.use_bank(2**20)
+    model([[5, 7], [3]], ["a", "b"])
+    assert (model.bank is None) == isinstance(model.backbone.layers, NativeLayers)
+    assert (model.bank_bytes == 0) == (model.bank is None)
 
 
 def test_the_adapters_are_read_only(model):

@@ -7,6 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
 import pytest
+import torch
+
+from tests.tiny import HIDDEN, LAYERS
 
 CLASSIFIERS = ("mood", "topic", "rank2", "judge")
 GENERATORS = ("writer", "poet")
@@ -164,6 +167,28 @@ def test_what_is_deleted_takes_memory_until_its_requests_have_ended(tight, threa
     braked.release()
     assert said(running.result()) == expected
     assert tight.metrics()[leaving] == 0
+
+
+def banked(live) -> list[str]:
+    """The adapters of the encoder whose factors are in its bank."""
+    store, bank = live.engine.adapters, live.engine.bases["enc"].model.bank
+    return [served.name for served in store.residents("enc") if store.weights(served).lora in bank]
+
+
+def test_a_bank_holds_what_ran_last_and_keeps_what_is_pinned(settings, folder, start):
+    """In float64 PyTorch runs the layers. There is room in the bank for one of the encoder's adapters."""
+    rank, modules = 4, ("query", "value")
+    room = rank * LAYERS * len(modules) * 2 * HIDDEN * torch.float64.itemsize
+    live = start(settings.model_copy(update={"adapters": folder, "max_bank_bytes": room}))
+    expected = {}
+    for name in ("mood", "rank2", "mood"):
+        expected[name] = said(ask(live, name))
+        assert banked(live) == [name]
+    assert live.metrics()['molex_memory_bytes{base="enc",kind="bank"}'] == room
+    live.http.put("/v1/adapters/mood?wait=60", json={"source": "mood", "pinned": True}).raise_for_status()
+    for name in ("mood", "rank2", "mood"):
+        assert said(ask(live, name)) == expected[name]
+        assert banked(live) == ["mood"]
 
 
 def test_a_pinned_adapter_is_never_read_again(tight):
