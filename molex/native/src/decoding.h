@@ -2,10 +2,8 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <immintrin.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -16,6 +14,7 @@
 #include "low_rank.h"
 #include "pass.h"
 #include "rows.h"
+#include "vectors.h"
 
 namespace molex {
 
@@ -109,50 +108,61 @@ inline float softmax(float* x, int64_t n) {
   return total;
 }
 
-// Sixteen neighbouring values in float32.
-inline Vector widened(const float* x) { return *reinterpret_cast<const Vector*>(x); }
-
-inline Vector widened(const at::BFloat16* x) {
-  typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
-  typedef uint32_t Words __attribute__((vector_size(64)));
-  return std::bit_cast<Vector>(__builtin_convertvector(*reinterpret_cast<const Halves*>(x), Words) << 16);
-}
-
-inline float sum_of(Vector x) { return _mm512_reduce_add_ps(std::bit_cast<__m512>(x)); }
-
 // Neighbouring tokens of one page, for kHeads query heads that share a key head: `dim` values of a head lie together.
 template <class T, int64_t kHeads>
 struct PageAttention {
   // scores[h · stride + i] = queries[h] · keys[i].
   static void score(const T* keys, int64_t count, const float* queries, int64_t dim, float* scores, int64_t stride) {
-    for (int64_t i = 0; i < count; ++i, keys += dim) {
-      Vector sums[kHeads] = {};
-      int64_t c = 0;
-      for (; c + kVector <= dim; c += kVector) {
-        const Vector key = widened(keys + c);
-        for (int64_t h = 0; h < kHeads; ++h) sums[h] += key * widened(queries + h * dim + c);
-      }
-      for (int64_t h = 0; h < kHeads; ++h)
-        scores[h * stride + i] = sum_of(sums[h]) + dot(keys + c, queries + h * dim + c, dim - c);
-    }
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) score_some<4>(keys + i * dim, queries, dim, scores + i, stride);
+    for (; i < count; ++i) score_some<1>(keys + i * dim, queries, dim, scores + i, stride);
   }
 
   // sums[h] += Σ_i weights[h · stride + i] · values[i].
   static void add(const T* values, int64_t count, const float* weights, int64_t stride, int64_t dim, float* sums) {
     int64_t c = 0;
-    for (; c + kVector <= dim; c += kVector) {
-      Vector total[kHeads];
-      for (int64_t h = 0; h < kHeads; ++h) total[h] = widened(sums + h * dim + c);
-      for (int64_t i = 0; i < count; ++i) {
-        const Vector value = widened(values + i * dim + c);
-        for (int64_t h = 0; h < kHeads; ++h) total[h] += value * weights[h * stride + i];
-      }
-      for (int64_t h = 0; h < kHeads; ++h) *reinterpret_cast<Vector*>(sums + h * dim + c) = total[h];
-    }
+    for (; c + 2 * kVector <= dim; c += 2 * kVector) add_some<2>(values + c, count, weights, stride, dim, sums + c);
+    for (; c + kVector <= dim; c += kVector) add_some<1>(values + c, count, weights, stride, dim, sums + c);
     for (; c < dim; ++c)
       for (int64_t h = 0; h < kHeads; ++h)
         for (int64_t i = 0; i < count; ++i)
           sums[h * dim + c] += weights[h * stride + i] * static_cast<float>(values[i * dim + c]);
+  }
+
+ private:
+  template <int64_t kKeys>
+  static void score_some(const T* keys, const float* queries, int64_t dim, float* scores, int64_t stride) {
+    Vector sums[kHeads][kKeys] = {};
+    int64_t c = 0;
+    for (; c + kVector <= dim; c += kVector)
+      for (int64_t i = 0; i < kKeys; ++i) {
+        const Vector key = widened(keys + i * dim + c);
+        for (int64_t h = 0; h < kHeads; ++h) sums[h][i] += key * widened(queries + h * dim + c);
+      }
+    for (int64_t h = 0; h < kHeads; ++h) {
+      float* found = scores + h * stride;
+      if constexpr (kKeys == 4)
+        sums_of(sums[h], found);
+      else
+        found[0] = sum_of(sums[h][0]);
+      if (c < dim)
+        for (int64_t i = 0; i < kKeys; ++i) found[i] += dot(keys + i * dim + c, queries + h * dim + c, dim - c);
+    }
+  }
+
+  // For kVectors vectors of the values.
+  template <int64_t kVectors>
+  static void add_some(const T* values, int64_t count, const float* weights, int64_t stride, int64_t dim, float* sums) {
+    Vector total[kHeads][kVectors];
+    for (int64_t h = 0; h < kHeads; ++h)
+      for (int64_t v = 0; v < kVectors; ++v) total[h][v] = widened(sums + h * dim + v * kVector);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const Vector value = widened(values + i * dim + v * kVector);
+        for (int64_t h = 0; h < kHeads; ++h) total[h][v] += value * weights[h * stride + i];
+      }
+    for (int64_t h = 0; h < kHeads; ++h)
+      for (int64_t v = 0; v < kVectors; ++v) *reinterpret_cast<Vector*>(sums + h * dim + v * kVector) = total[h][v];
   }
 };
 

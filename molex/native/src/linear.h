@@ -63,8 +63,29 @@ struct Linear {
     return type == c10::CppTypeToScalarType<T>::value ? Weights::kSame : Weights::kOther;
   }
 
+  // Find where the tensors lie, which each of them checks when it is asked. To be called again where they have moved.
+  void look_up() {
+    weight_values = weights.const_data_ptr();
+    bias_values = bias.const_data_ptr<float>();
+    scale_values = scales.const_data_ptr<float>();
+    sum_values = sums.defined() ? sums.const_data_ptr() : nullptr;
+  }
+
+  NibbleTile nibbles(int64_t tile) const {
+    const int64_t inputs = stride(), groups = scales.size(1);
+    return {inputs, at<uint8_t>() + tile * inputs / 2 * kTile, scale_values + tile * groups * kTile,
+            static_cast<const float*>(sum_values) + tile * kTile};
+  }
+
+  template <class W>
+  const W* at() const {
+    return static_cast<const W*>(weight_values);
+  }
+
   at::Tensor weights, bias, scales;
   at::Tensor sums;  // of the weights of each column [tiles · kTile], in 8 bits without its scale
+  const void *weight_values = nullptr, *sum_values = nullptr;
+  const float *bias_values = nullptr, *scale_values = nullptr;
   std::vector<Pieces> pieces;  // of each tile
   std::vector<int64_t> sites;
   int64_t inputs = 0;
@@ -76,6 +97,7 @@ inline Linear::Linear(
   if (weights.scalar_type() == at::kChar)
     sums = weights.view({tiles(), stride() / 4, kTile, 4}).sum({1, 3}, false, at::kInt).contiguous();
   if (weights.scalar_type() == at::kByte) sums = nibble_sums(weights, scales);
+  look_up();
   pieces.resize(tiles());
   auto given = pieces_.accessor<int64_t, 2>();
   for (int64_t i = 0; i < given.size(0); ++i) {
@@ -121,8 +143,7 @@ template <class T>
 void wide_product(const Linear& linear, const std::vector<T>& x, int64_t stride, int64_t m, int64_t tile, float* c) {
   const int64_t k = linear.stride();
   at::native::cpublas::brgemm(m, kTile, k, stride, kTile, kTile, false, x.data(),
-                              linear.weights.const_data_ptr<T>() + tile * k * kTile, c,
-                              std::is_same_v<T, at::BFloat16>);
+                              linear.at<T>() + tile * k * kTile, c, std::is_same_v<T, at::BFloat16>);
 }
 
 // For rows of bfloat16 or bytes.
@@ -130,7 +151,7 @@ template <class Dots, class T>
 void few_rows_product(const Linear& linear, int64_t rows, const std::vector<T>& x, int64_t stride, int64_t tile,
                       typename Dots::Sum* c) {
   const int64_t values = 4 / sizeof(T), steps = linear.stride() / values;
-  const char* w = static_cast<const char*>(linear.weights.const_data_ptr()) + tile * steps * kTileVectors * kCacheLine;
+  const char* w = linear.at<char>() + tile * steps * kTileVectors * kCacheLine;
   multiply_few<Dots>(rows, reinterpret_cast<const int32_t*>(x.data()), stride / values, w, steps, c);
 }
 
@@ -142,12 +163,12 @@ void byte_product(const Linear& linear, const Operand<T>& x, int64_t rows, int64
     few_rows_product<ByteDots>(linear, rows, x.bytes, x.stride, tile, sums);
   } else {
     const int64_t k = linear.stride();
-    const auto* w = reinterpret_cast<const signed char*>(linear.weights.const_data_ptr<int8_t>()) + tile * k * kTile;
+    const auto* w = linear.at<signed char>() + tile * k * kTile;
     at::native::cpublas::brgemm(padded_rows(rows), kTile, k, x.stride, kTile, kTile, false, x.bytes.data(), w, sums,
                                 true);
   }
-  const int32_t* column = linear.sums.const_data_ptr<int32_t>() + tile * kTile;
-  const float* scale = linear.scales.const_data_ptr<float>() + tile * kTile;
+  const int32_t* column = static_cast<const int32_t*>(linear.sum_values) + tile * kTile;
+  const float* scale = linear.scale_values + tile * kTile;
   for (int64_t r = 0; r < rows; ++r) {
     // Where a byte stands for 0 it is not 0: what that adds to a column is taken off again.
     const auto [row_scale, zero] = x.roundings[r];
@@ -167,8 +188,7 @@ void tile_product(const Linear& linear, const Operand<T>& x, int64_t rows, int64
     case Weights::kOther: return wide_product(linear, x.others, x.stride, padded_rows(rows), tile, c);
     case Weights::kInt8: return byte_product(linear, x, rows, tile, c);
     case Weights::kInt4:
-      return nibble_product(x.bytes.data(), x.stride, x.roundings.data(), rows,
-                            NibbleTile(linear.weights, linear.scales, linear.sums, tile), c);
+      return nibble_product(x.bytes.data(), x.stride, x.roundings.data(), rows, linear.nibbles(tile), c);
   }
 }
 
@@ -186,7 +206,7 @@ void multiply(
   if (kind != Weights::kSame || adapted) team.barrier();
   // With the tile in the first cache of the core that computes it.
   alignas(64) thread_local static float c[kMaxRows * kTile];
-  const float* bias = linear.bias.const_data_ptr<float>();
+  const float* bias = linear.bias_values;
   team.share(linear.tiles(), [&](int64_t tile) {
     tile_product(linear, x, rows, tile, c);
     const Pieces& pieces = linear.pieces[tile];

@@ -3,11 +3,13 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <vector>
 
 #include "team.h"
+#include "vectors.h"
 
 namespace molex {
 
@@ -53,21 +55,6 @@ struct NarrowRows {
   int64_t rank = 0;
 };
 
-// Dot products of one row with four rows of A.
-template <class T>
-void four_dots(const T* x, const float* a, int64_t n, float scale, float* y) {
-  float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-  for (int64_t i = 0; i < n; ++i) {
-    const float v = static_cast<float>(x[i]);
-    s0 += v * a[i];
-    s1 += v * a[n + i];
-    s2 += v * a[2 * n + i];
-    s3 += v * a[3 * n + i];
-  }
-  y[0] = s0 * scale, y[1] = s1 * scale, y[2] = s2 * scale, y[3] = s3 * scale;
-}
-
 template <class T>
 float dot(const T* x, const float* a, int64_t n) {
   float sum = 0;
@@ -76,12 +63,50 @@ float dot(const T* x, const float* a, int64_t n) {
   return sum;
 }
 
-// y = scale · A x, with A [rows, n].
+// Dot products of kRows rows of values, `stride` apart, each with four rows of A [4, n].
+template <int64_t kRows, class T>
+void four_dots(const T* x, int64_t stride, const float* a, int64_t n, float scale, float* y, int64_t y_stride) {
+  Vector sums[kRows][4] = {};
+  int64_t i = 0;
+  for (; i + kVector <= n; i += kVector)
+    for (int64_t r = 0; r < kRows; ++r) {
+      const Vector values = widened(x + r * stride + i);
+      for (int64_t k = 0; k < 4; ++k) sums[r][k] += values * widened(a + k * n + i);
+    }
+  for (int64_t r = 0; r < kRows; ++r) {
+    float* found = y + r * y_stride;
+    sums_of(sums[r], found);
+    for (int64_t k = 0; k < 4; ++k) found[k] = (found[k] + dot(x + r * stride + i, a + k * n + i, n - i)) * scale;
+  }
+}
+
+// y[r] = scale · A x[r] for kRows rows of x [kRows, n] and y, with A [rows, n].
+template <int64_t kRows, class T>
+void dots(const T* x, int64_t stride, const float* a, int64_t rows, int64_t n, float scale, float* y,
+          int64_t y_stride) {
+  int64_t k = 0;
+  for (; k + 4 <= rows; k += 4) four_dots<kRows>(x, stride, a + k * n, n, scale, y + k, y_stride);
+  for (; k < rows; ++k)
+    for (int64_t r = 0; r < kRows; ++r) y[r * y_stride + k] = dot(x + r * stride, a + k * n, n) * scale;
+}
+
+// The same for one row.
 template <class T>
 void dots(const T* x, const float* a, int64_t rows, int64_t n, float scale, float* y) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) four_dots(x, a + r * n, n, scale, y + r);
-  for (; r < rows; ++r) y[r] = dot(x, a + r * n, n) * scale;
+  dots<1>(x, n, a, rows, n, scale, y, rows);
+}
+
+// Call use.operator()<n>(first) for up to four neighbouring ones of 0..count at a time.
+template <class Use>
+void in_fours(int64_t count, const Use& use) {
+  int64_t first = 0;
+  for (; first + 4 <= count; first += 4) use.template operator()<4>(first);
+  switch (count - first) {
+    case 1: use.template operator()<1>(first); break;
+    case 2: use.template operator()<2>(first); break;
+    case 3: use.template operator()<3>(first); break;
+    default: break;
+  }
 }
 
 // Fill `narrow`, shared by the team; returns whether any row has an update. A barrier must follow.
@@ -102,16 +127,16 @@ bool narrow_rows(
     for (const Run& run : updates.runs) {
       const Factors& update = updates.at(run.member, site);
       if (update.rank == 0) continue;
-      team.share(run.end - run.begin, [&](int64_t i) {
-        const int64_t row = run.begin + i;
-        dots(x.row(row), update.down(), update.rank, x.columns, update.scale(), narrow.at(site, row));
+      team.share((run.end - run.begin + 3) / 4, [&](int64_t i) {
+        const int64_t begin = run.begin + 4 * i;
+        in_fours(std::min(run.end - begin, int64_t{4}), [&]<int64_t kRows>(int64_t) {
+          dots<kRows>(x.row(begin), x.stride, update.down(), update.rank, x.columns, update.scale(),
+                      narrow.at(site, begin), narrow.rank);
+        });
       });
     }
   return true;
 }
-
-typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
-constexpr int64_t kVector = 16;
 
 // y[i, 0..width] += the columns first.. of narrow[i] · Bᵀ, for kRows rows of one adapter, `rank` apart.
 template <int64_t kRows>
@@ -140,11 +165,10 @@ inline void widen_rows(int64_t site, const BlockUpdates& updates, NarrowRows& na
   for (const Run& run : updates.runs) {
     const Factors& update = updates.at(run.member, site);
     if (update.rank == 0) continue;
-    int64_t row = run.begin;
-    for (; row + 4 <= run.end; row += 4)
-      widen<4>(narrow.at(site, row), narrow.rank, update, first, width, y + row * stride, stride);
-    for (; row < run.end; ++row)
-      widen<1>(narrow.at(site, row), narrow.rank, update, first, width, y + row * stride, stride);
+    in_fours(run.end - run.begin, [&]<int64_t kRows>(int64_t i) {
+      const int64_t row = run.begin + i;
+      widen<kRows>(narrow.at(site, row), narrow.rank, update, first, width, y + row * stride, stride);
+    });
   }
 }
 

@@ -19,15 +19,9 @@ constexpr int64_t kNibbleStep = 8;
 // Weights from -8 to 7 are kept as 0 to 15.
 constexpr int kNibbleZero = 8;
 
-// One tile of `weights` [tiles, inputs / 2, columns], with scales [tiles, groups, columns] and the sum of what the
-// weights of each column stand for [tiles · columns].
+// One tile: weights [inputs / 2, columns], scales [groups, columns] and the sum of what the weights of each column
+// stand for [columns].
 struct NibbleTile {
-  NibbleTile(const at::Tensor& all, const at::Tensor& all_scales, const at::Tensor& all_sums, int64_t tile)
-      : inputs(all.size(1) * 2),
-        weights(all.const_data_ptr<uint8_t>() + tile * all.size(1) * kTile),
-        scales(all_scales.const_data_ptr<float>() + tile * all_scales.size(1) * kTile),
-        sums(all_sums.const_data_ptr<float>() + tile * kTile) {}
-
   int64_t inputs;
   const uint8_t* weights;
   const float* scales;
@@ -52,10 +46,13 @@ __attribute__((target("avx512vnni"))) void nibble_rows(const uint8_t* x, int64_t
   std::fill_n(c, kRows * kTile, 0.0f);
   const uint8_t* w = tile.weights;
   const float* scales = tile.scales;
+  // The tile behind this one is fetched meanwhile: it is likely the next.
+  const int64_t next = tile.inputs / 2 * kTile;
   for (int64_t first = 0; first < tile.inputs; first += kGroup, scales += kTile) {
     const int64_t end = std::min(first + kGroup, tile.inputs);
     __m512i sums[kRows][kTileVectors] = {};
     for (int64_t k = first; k < end; k += kNibbleStep, w += kTile * kNibbleStep / 2) {
+      for (int64_t v = 0; v < kTileVectors; ++v) _mm_prefetch(w + next + v * kCacheLine, _MM_HINT_T1);
       for (int64_t v = 0; v < kTileVectors; ++v) {
         const __m512i both = _mm512_loadu_si512(w + v * 64);
         const __m512i low = _mm512_sub_epi8(_mm512_and_si512(both, low_half), zero);
