@@ -3,9 +3,9 @@
     python -m benchmarks.bench_http_overhead [--rounds 20] [--dtypes float32 bfloat16] [--adapter sst2-molex]
 
 The same texts, one request after another, go over a kept connection to `molex serve` in a process of its own,
-to a `server.engine.Engine` in this one, which takes them from a text to its label as a handler has it do, and
-to its model alone. Blocks of the three alternate, so that they never run at once. The model runs on a worker
-thread, which alone has helper threads (`molex/threads.py`).
+and to a `server.engine.Engine` in this one, which takes them from a text to its label as a handler has it do.
+Blocks of both alternate, so that they never run at once. The engine's worker alone has helper threads
+(`molex/threads.py`): with more threads than cores those of a pass would sleep between its parts.
 
 The time over HTTP starts before the request is written and ends when the answer is read, so that it has the
 client's part in it. The texts are no longer than a sentence. The client is the standard library's, because a
@@ -21,19 +21,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import torch
-
 from benchmarks.common import DEMO_ENCODER, DTYPES, PROJECT, behave_as_the_server, command_line
 from benchmarks.figures import Figure, save
 from benchmarks.served import BASE, PRECISIONS, own_server
 from loadtests.texts import read_texts
-from molex import Row
 from server.engine import Engine
 from server.sequence import Sequence as TokenSequence
 from server.settings import Settings
@@ -96,23 +92,6 @@ def engine_arm(engine: Engine, runner: asyncio.Runner, adapter: str) -> Arm:
     return lambda text: runner.run(classify(text))
 
 
-def model_arm(engine: Engine, adapter: str, worker: ThreadPoolExecutor) -> Arm:
-    base, weights = engine.bases[BASE], engine.adapters.weights(engine.adapters.get(adapter))
-    assert weights is not None
-
-    @torch.inference_mode()
-    def run(row: Row) -> float:
-        start = time.perf_counter()
-        base.model.run([row])
-        return time.perf_counter() - start
-
-    def classify(text: str) -> float:
-        [prompt] = base.tokenization.encode([text], "input")
-        return worker.submit(run, Row(prompt.token_ids, weights)).result()
-
-    return classify
-
-
 def alternate(arms: dict[str, Arm], texts: Sequence[str], rounds: int) -> dict[str, float]:
     """Median seconds of each arm; every round has a block of each, in random order."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -125,34 +104,20 @@ def alternate(arms: dict[str, Arm], texts: Sequence[str], rounds: int) -> dict[s
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def compare(dtype: str, name: str, texts: Sequence[str], rounds: int) -> list[Figure]:
+def compare(dtype: str, name: str, texts: Sequence[str], rounds: int) -> Figure:
     with (
         tempfile.TemporaryDirectory() as scratch,
         own_server(
             DEMO_ENCODER, ADAPTERS, Path(scratch) / "server.log", "--precision", PRECISIONS[dtype]
         ) as url,
         running_engine(dtype) as (engine, runner),
-        ThreadPoolExecutor(1) as worker,
     ):
-        arms = {
-            "HTTP": http_arm(url, name),
-            "engine": engine_arm(engine, runner, name),
-            "model": model_arm(engine, name, worker),
-        }
+        arms = {"HTTP": http_arm(url, name), "engine": engine_arm(engine, runner, name)}
         medians = alternate(arms, texts, rounds)
     measured = {f"{arm}, ms": seconds * 1e3 for arm, seconds in medians.items()}
-    return [
-        Figure(
-            "P11",
-            f"median over HTTP − median of the {arm}, {name} on the demo encoder, {dtype}",
-            (medians["HTTP"] - medians[arm]) * 1e3,
-            bound,
-            at_least=False,
-            unit="ms",
-            measured=measured,
-        )
-        for arm, bound in (("engine", BOUND), ("model", None))
-    ]
+    added = (medians["HTTP"] - medians["engine"]) * 1e3
+    what = f"median over HTTP − median of the engine, {name} on the demo encoder, {dtype}"
+    return Figure("P11", what, added, BOUND, at_least=False, unit="ms", measured=measured)
 
 
 def main() -> None:
@@ -162,9 +127,7 @@ def main() -> None:
     arguments = parser.parse_args()
     behave_as_the_server()
     texts = read_texts(TEXTS)
-    figures: list[Figure] = []
-    for dtype in arguments.dtypes:
-        figures += compare(dtype, arguments.adapter, texts, arguments.rounds)
+    figures = [compare(dtype, arguments.adapter, texts, arguments.rounds) for dtype in arguments.dtypes]
     save(figures, "bench_http_overhead", arguments.output)
 
 
