@@ -35,6 +35,10 @@ class Schedulable(Protocol):
         """Whether its prompt has run in part."""
 
     @property
+    def in_parts(self) -> bool:
+        """Whether its prompt is to run in the smallest parts, however short it is: nobody waits for it."""
+
+    @property
     def num_pages(self) -> int:
         """Pages of the key-value cache that it holds while it runs; 0 for what ends after its prompt."""
 
@@ -124,8 +128,9 @@ class BaseQueue(Generic[S]):
         """Start the waiting prompts that fit, in their order.
 
         One that is too long becomes the one that runs in parts: the first, where it is longer than the room,
-        or any that is longer than its tenant may run whole. Generations that wait for a place in the cache
-        wait in their order, so that a large one has its turn, and do not hold up what needs none.
+        or any that is longer than its tenant may run whole, or that is to run so. Generations that wait for
+        a place in the cache wait in their order, so that a large one has its turn, and do not hold up what
+        needs none.
         """
         blocked, taken = False, False
         while self.waiting.has_next:
@@ -133,7 +138,7 @@ class BaseQueue(Generic[S]):
             blocked = blocked or not room.fits(sequence)
             if sequence.num_pages and (blocked or self._holds_enough(sequence, room)):
                 self.waiting.set_aside()
-            elif sequence.num_new_tokens > self.waiting.longest(sequence.tenant):
+            elif self._runs_in_parts(sequence):
                 self._start_partial(room)
             elif sequence.num_new_tokens <= room.tokens:
                 self.running.append(self.waiting.pop())
@@ -154,6 +159,12 @@ class BaseQueue(Generic[S]):
         pages = room.held_pages[tenant] + sequence.num_pages
         return room.held[tenant] >= self.max_sequences // 2 or pages > self.num_pages // 2
 
+    def _runs_in_parts(self, sequence: S) -> bool:
+        """Whether it is too long for its tenant, or is to run so, which does not wait for a long prompt."""
+        if sequence.in_parts:
+            return self.partial is None or self.partial.in_parts
+        return sequence.num_new_tokens > self.waiting.longest(sequence.tenant)
+
     def _start_partial(self, room: Room) -> None:
         """Let the next prompt run in parts, unless another does."""
         if self.partial is None:
@@ -166,7 +177,7 @@ class BaseQueue(Generic[S]):
         """How much of the prompt that runs in parts is for this step; 0 where there is none."""
         if self.partial is None:
             return 0
-        share = room.tokens
+        share = 1 if self.partial.in_parts else room.tokens
         if self.waiting.yields(self.partial.tenant):
             share = min(share, self.waiting.share(self.partial.tenant))
         tokens = min(self.partial.num_new_tokens, max(1, share))

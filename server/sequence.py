@@ -81,6 +81,8 @@ class Sequence:
     tenant: str | None = None
     priority: int = 0
     """Lower is earlier, among the sequences of its tenant that wait."""
+    in_parts: bool = False
+    """Whether its prompt runs some depths a step, beside others that come meanwhile."""
     sampling: SamplingParams | None = None
     constraint: Constraint | None = None
     token_type_ids: list[int] | None = None

@@ -17,8 +17,8 @@ FIRST = -(2**31) - 1
 async def warm_up(engine: Engine, base: str, adapter: Adapter, tenant: str | None) -> None:
     """Run a short text through an adapter on the worker, the first of what waits of its tenant.
 
-    It shares a step with the requests that are there, which would all wait for a step of its own. A full
-    queue does not refuse it: there are no more warm-ups than loads at a time.
+    It runs some depths a step: requests that come meanwhile wait for these alone, and take the next step with
+    it. A full queue does not refuse it: there are no more warm-ups than loads at a time.
 
     Raises ServiceError (400) where that fails or gives a number that is not finite.
     """
@@ -26,7 +26,13 @@ async def warm_up(engine: Engine, base: str, adapter: Adapter, tenant: str | Non
     encode = engine.bases[base].tokenization.encode
     [prompt] = await engine.in_pool(deadline, encode, [TEXT], "text", truncate=True)
     sequence = Sequence(
-        base, adapter, prompt.token_ids, tenant, priority=FIRST, token_type_ids=prompt.token_type_ids
+        base,
+        adapter,
+        prompt.token_ids,
+        tenant,
+        priority=FIRST,
+        in_parts=True,
+        token_type_ids=prompt.token_type_ids,
     )
     submission = engine.submit([sequence], deadline, beyond_limit=True)
     try:

@@ -68,6 +68,34 @@ def test_decoding_goes_on_beside_a_prompt_in_parts():
     assert parts == [9, 18, 20]
 
 
+def test_who_comes_during_the_smallest_parts_waits_for_one_of_them():
+    target, background, other = scheduler(), Work(3, in_parts=True), Work(4)
+    target.add([background])
+    assert step(target) == [background]
+    target.add([other])
+    assert step(target) == [other, background]
+    assert (other.finished, background.run) == (True, 2)
+    assert step(target) == [background]
+    assert background.finished
+    assert target.schedule() is None
+
+
+def test_those_in_the_smallest_parts_take_turns():
+    target, first, second = scheduler(), Work(2, in_parts=True), Work(1, in_parts=True)
+    target.add([first, second])
+    assert [step(target) for _ in range(3)] == [[first], [first], [second]]
+    assert target.schedule() is None
+
+
+def test_what_is_to_run_in_parts_runs_whole_beside_a_long_prompt():
+    target, long, background = scheduler(), Work(14), Work(3, in_parts=True)
+    target.add([long])
+    step(target)
+    target.add([background])
+    assert step(target) == [background, long]
+    assert background.finished
+
+
 def test_a_prompt_in_parts_is_dropped_when_cancelled():
     target, long = scheduler(), Work(24, outputs=1)
     target.add([long, Work(1)])

@@ -19,6 +19,7 @@ class Work:
     done: int = 0
     cancelled: bool = False
     pages: int = 1
+    in_parts: bool = False
     run: int = 0
     """Tokens of a prompt that runs in parts."""
 
