@@ -36,7 +36,7 @@ class Schedulable(Protocol):
 
     @property
     def in_parts(self) -> bool:
-        """Whether its prompt is to run in the smallest parts, however short it is: nobody waits for it."""
+        """Whether its prompt is to run in parts, short as it is: others should not wait for all of it."""
 
     @property
     def num_pages(self) -> int:
@@ -49,6 +49,9 @@ class Schedulable(Protocol):
 
 
 S = TypeVar("S", bound=Schedulable)
+
+PART_TOKENS = 3
+"""Of the work of a prompt that is to run in parts, for one step. It is half of a short text, in depths."""
 
 
 @dataclass
@@ -177,7 +180,7 @@ class BaseQueue(Generic[S]):
         """How much of the prompt that runs in parts is for this step; 0 where there is none."""
         if self.partial is None:
             return 0
-        share = 1 if self.partial.in_parts else room.tokens
+        share = PART_TOKENS if self.partial.in_parts else room.tokens
         if self.waiting.yields(self.partial.tenant):
             share = min(share, self.waiting.share(self.partial.tenant))
         tokens = min(self.partial.num_new_tokens, max(1, share))

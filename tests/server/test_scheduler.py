@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import ServiceError
-from server.scheduler import Scheduler
+from server.scheduler import PART_TOKENS, Scheduler
 from tests.server.work import Work, run_batch
 
 
@@ -68,20 +68,20 @@ def test_decoding_goes_on_beside_a_prompt_in_parts():
     assert parts == [9, 18, 20]
 
 
-def test_who_comes_during_the_smallest_parts_waits_for_one_of_them():
-    target, background, other = scheduler(), Work(3, in_parts=True), Work(4)
+def test_who_comes_while_something_short_runs_in_parts_waits_for_one_of_them():
+    target, background, other = scheduler(), Work(2 * PART_TOKENS + 1, in_parts=True), Work(4)
     target.add([background])
     assert step(target) == [background]
     target.add([other])
     assert step(target) == [other, background]
-    assert (other.finished, background.run) == (True, 2)
+    assert (other.finished, background.run) == (True, 2 * PART_TOKENS)
     assert step(target) == [background]
     assert background.finished
     assert target.schedule() is None
 
 
-def test_those_in_the_smallest_parts_take_turns():
-    target, first, second = scheduler(), Work(2, in_parts=True), Work(1, in_parts=True)
+def test_one_short_prompt_runs_in_parts_at_a_time():
+    target, first, second = scheduler(), Work(PART_TOKENS + 1, in_parts=True), Work(1, in_parts=True)
     target.add([first, second])
     assert [step(target) for _ in range(3)] == [[first], [first], [second]]
     assert target.schedule() is None
