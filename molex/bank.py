@@ -118,7 +118,8 @@ class AdapterBank:
         return True
 
     def _new_array(self, width: int) -> Tensor:
-        return torch.empty(self._num_ranks, width, dtype=self.dtype, device=self.device)
+        # Written to at once, so that the bank takes its memory now and no more of it later.
+        return torch.empty(self._num_ranks, width, dtype=self.dtype, device=self.device).zero_()
 
     def _bring(self, weights: LoraWeights) -> bool:
         """Copy the factors of an adapter into a slot, if one can be had; whether it could."""

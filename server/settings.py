@@ -189,7 +189,7 @@ class Settings(CatalogueSettings):
         4_294_967_296, ge=1, le=2**50, description="Memory for the weights of adapters."
     )
     max_bank_bytes: int = Field(
-        268_435_456,
+        67_108_864,
         ge=0,
         le=2**50,
         description="Memory for low-rank factors side by side, per base, where PyTorch runs the layers; the "
