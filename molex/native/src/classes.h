@@ -57,16 +57,15 @@ struct PackedLayers : torch::CustomClassHolder {
         wide_(activation_named(activation), gated, norm_after, eps, depth, sites) {}
 
   // Four linear layers, each [weights, bias, scales, pieces], their numbers of inputs, and two norms.
-  void add(const std::vector<std::vector<Tensor>>& given, const std::vector<int64_t>& inputs,
+  void add(std::vector<std::vector<Tensor>> linears, const std::vector<int64_t>& inputs,
            const std::vector<std::vector<Tensor>>& norms) {
-    Layer layer{linear_of(given.at(0), inputs.at(0)), linear_of(given.at(1), inputs.at(1)),
-                linear_of(given.at(2), inputs.at(2)), linear_of(given.at(3), inputs.at(3)),
-                norm_of(norms.at(0)),  norm_of(norms.at(1))};
-    const auto linears = {&layer.project, &layer.join, &layer.up, &layer.down};
+    // A linear layer remembers where its tensors lie, so they move before it is made.
     std::vector<Tensor*> weights;
-    for (Linear* linear : linears) weights.push_back(&linear->weights);
+    for (std::vector<Tensor>& parts : linears) weights.push_back(&parts.at(0));
     move_to_huge_pages(weights);
-    for (Linear* linear : linears) linear->look_up();
+    Layer layer{linear_of(linears.at(0), inputs.at(0)), linear_of(linears.at(1), inputs.at(1)),
+                linear_of(linears.at(2), inputs.at(2)), linear_of(linears.at(3), inputs.at(3)),
+                norm_of(norms.at(0)),  norm_of(norms.at(1))};
     bfloat16_ ? narrow_.add(std::move(layer)) : wide_.add(std::move(layer));
   }
 

@@ -63,14 +63,6 @@ struct Linear {
     return type == c10::CppTypeToScalarType<T>::value ? Weights::kSame : Weights::kOther;
   }
 
-  // Find where the tensors lie, which each of them checks when it is asked. To be called again where they have moved.
-  void look_up() {
-    weight_values = weights.const_data_ptr();
-    bias_values = bias.const_data_ptr<float>();
-    scale_values = scales.const_data_ptr<float>();
-    sum_values = sums.defined() ? sums.const_data_ptr() : nullptr;
-  }
-
   NibbleTile nibbles(int64_t tile) const {
     const int64_t inputs = stride(), groups = scales.size(1);
     return {inputs, at<uint8_t>() + tile * inputs / 2 * kTile, scale_values + tile * groups * kTile,
@@ -84,6 +76,7 @@ struct Linear {
 
   at::Tensor weights, bias, scales;
   at::Tensor sums;  // of the weights of each column [tiles · kTile], in 8 bits without its scale
+  // Where they lie: a tensor looks whether it has data each time it is asked.
   const void *weight_values = nullptr, *sum_values = nullptr;
   const float *bias_values = nullptr, *scale_values = nullptr;
   std::vector<Pieces> pieces;  // of each tile
@@ -97,7 +90,10 @@ inline Linear::Linear(
   if (weights.scalar_type() == at::kChar)
     sums = weights.view({tiles(), stride() / 4, kTile, 4}).sum({1, 3}, false, at::kInt).contiguous();
   if (weights.scalar_type() == at::kByte) sums = nibble_sums(weights, scales);
-  look_up();
+  weight_values = weights.const_data_ptr();
+  bias_values = bias.const_data_ptr<float>();
+  scale_values = scales.const_data_ptr<float>();
+  if (sums.defined()) sum_values = sums.const_data_ptr();
   pieces.resize(tiles());
   auto given = pieces_.accessor<int64_t, 2>();
   for (int64_t i = 0; i < given.size(0); ++i) {
