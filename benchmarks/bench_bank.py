@@ -4,21 +4,21 @@
 
 PyTorch alone runs the layers twice: each batch stacks the factors of its adapters, or reads them in the
 slots of a bank. The kernels need no stacks: they read the factors where each adapter keeps them, and then
-where they lie in a bank. Every batch has other adapters (Zipf) than the one before.
+where they lie in a bank. With many adapters every batch has others (Zipf) than the one before; with one it is
+stacked but once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-
-import torch
 
 from benchmarks.common import (
     Contestant,
+    OwnEngine,
     Setting,
     compare_all,
-    in_turn,
+    in_batches,
     measure,
     milliseconds,
     random_adapter,
@@ -27,27 +27,14 @@ from benchmarks.common import (
     zipf,
 )
 from benchmarks.figures import Figure
-from molex import MolexModel, Row
+from molex import MolexModel
 from molex.adapter import Adapter
 from molex.bank import AdapterBank
-from molex.layers import StockLayers
 from molex.lora import BatchLora, LowRank
 
 BATCHES = 8
-MAX_BANK_BYTES = 268_435_456
-
-
-def on_pytorch(setting: Setting) -> MolexModel:
-    model = MolexModel.from_pretrained(setting.folder)
-    assert isinstance(model.backbone.layers, StockLayers)
-    model.backbone.layers.prepack()
-    return model
-
-
-def on_kernels(setting: Setting) -> MolexModel:
-    model = MolexModel.from_pretrained(setting.folder)
-    model.prepack()
-    return model
+MAX_BANK_BYTES = 67_108_864
+"""The server's default; there is room for all adapters."""
 
 
 def banked(model: MolexModel, adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -66,35 +53,21 @@ def banked(model: MolexModel, adapters: Sequence[Adapter]) -> list[Adapter]:
     return moved
 
 
-def in_batches(
-    model: MolexModel, adapters: Sequence[Adapter], size: int, bank: AdapterBank | None = None
-) -> Contestant:
-    inputs, chosen = sentences(size * BATCHES, seed=1), zipf(size * BATCHES, len(adapters), seed=2)
-    rows = [Row(ids, adapters[n]) for ids, n in zip(inputs, chosen, strict=True)]
-
-    def batch(rows: Sequence[Row]) -> Callable[[], object]:
-        def run() -> object:
-            model.bank = bank
-            with torch.inference_mode():
-                return model.run(rows)
-
-        return run
-
-    return in_turn([batch(rows[start : start + size]) for start in range(0, len(rows), size)])
-
-
 def compare(setting: Setting) -> list[Figure]:
-    pytorch, kernels = on_pytorch(setting), on_kernels(setting)
-    adapters = [random_adapter(pytorch.spec, seed=n) for n in range(setting.adapters)]
-    moved = banked(kernels, adapters)
+    stacking, banking = (OwnEngine(setting.folder, "float32", kernels=False) for _ in range(2))
+    banking.model.use_bank(MAX_BANK_BYTES)
+    kernels = OwnEngine(setting.folder, "float32")
+    adapters = [random_adapter(kernels.model.spec, seed=n) for n in range(setting.adapters)]
+    moved = banked(kernels.model, adapters)
     figures = []
     for size in setting.requests:
-        bank = AdapterBank(MAX_BANK_BYTES, pytorch.dtype, pytorch.device)
+        inputs, chosen = sentences(size * BATCHES, seed=1), zipf(size * BATCHES, len(adapters), seed=2)
+        own, others = [adapters[n] for n in chosen], [moved[n] for n in chosen]
         contestants: dict[str, Contestant] = {
-            "PyTorch, a stack each": in_batches(pytorch, adapters, size),
-            "PyTorch, the bank": in_batches(pytorch, adapters, size, bank),
-            "kernels, in place": in_batches(kernels, adapters, size),
-            "kernels, the bank": in_batches(kernels, moved, size),
+            "PyTorch, a stack each": in_batches(stacking.contestant, inputs, own, size),
+            "PyTorch, the bank": in_batches(banking.contestant, inputs, own, size),
+            "kernels, in place": in_batches(kernels.contestant, inputs, own, size),
+            "kernels, the bank": in_batches(kernels.contestant, inputs, others, size),
         }
         medians = measure(contestants, setting.rounds)
         title = f"{setting.shape}: {BATCHES} batches of {size} requests, {setting.adapters} adapters"

@@ -28,7 +28,7 @@ from benchmarks.common import (
     Setting,
     compare_all,
     fastest,
-    in_turn,
+    in_batches,
     measure,
     milliseconds,
     random_adapter,
@@ -84,13 +84,6 @@ class Ours:
         return self.engine.contestant(inputs, [self.adapters[n] for n in chosen])
 
 
-def in_batches(
-    engine: Engine, inputs: Sequence[Sequence[int]], chosen: Sequence[int], size: int
-) -> Contestant:
-    starts = range(0, len(inputs), size)
-    return in_turn([engine.contestant(inputs[i : i + size], chosen[i : i + size]) for i in starts])
-
-
 def compare(setting: Setting) -> list[Figure]:
     count, largest = setting.adapters, max(setting.requests)
     inputs = sentences(largest, seed=1)
@@ -103,7 +96,9 @@ def compare(setting: Setting) -> list[Figure]:
         if precision in DTYPES:
             arms["peft"] = Peft(setting.folder, precision, count)
         for (who, arm), size in ((item, size) for item in arms.items() for size in setting.requests):
-            contestants[f"{who} {precision}, batches of {size}"] = in_batches(arm, inputs, chosen, size)
+            contestants[f"{who} {precision}, batches of {size}"] = in_batches(
+                arm.contestant, inputs, chosen, size
+            )
         contestants[f"bare base {precision}, batches of {largest}"] = engine.bare(inputs)
     medians = measure(contestants, setting.rounds)
     ours = [name for name in medians if name.startswith("ours")]

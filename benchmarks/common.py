@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import RobertaConfig, RobertaModel
@@ -22,6 +23,7 @@ from molex import BARE, MolexModel, Row
 from molex.adapter import Adapter, assemble, new_adapter
 from molex.backbone import BaseSpec
 from molex.config import AdapterConfig, MolexConfig
+from molex.layers import StockLayers
 from molex.memory import freeze_what_is_loaded, keep_compiled_kernels, keep_freed_memory
 from molex.native.weights import Bits
 
@@ -37,6 +39,7 @@ OWN_PRECISIONS: dict[str, tuple[torch.dtype, Bits | None]] = {
 """What our own engine runs in: the dtype of hidden states and the bits of weights that are rounded."""
 
 Contestant = Callable[[], object]
+C = TypeVar("C")
 
 
 @contextmanager
@@ -84,12 +87,18 @@ def zipf(count: int, num_adapters: int, seed: int) -> list[int]:
 
 
 class OwnEngine:
-    """The engine as the server runs it: one base in one precision, prepacked."""
+    """The engine as the server runs it: one base in one precision, prepacked.
 
-    def __init__(self, folder: Path, precision: str) -> None:
+    Without `kernels` PyTorch runs the layers, as it does on a CPU that has not what the kernels need.
+    """
+
+    def __init__(self, folder: Path, precision: str, *, kernels: bool = True) -> None:
         dtype, bits = OWN_PRECISIONS[precision]
         self.model = MolexModel.from_pretrained(folder, dtype=dtype)
-        self.model.prepack(bits)
+        if kernels:
+            self.model.prepack(bits)
+        elif isinstance(layers := self.model.backbone.layers, StockLayers):
+            layers.prepack()
 
     def contestant(self, inputs: Sequence[Sequence[int]], adapters: Sequence[Adapter]) -> Contestant:
         rows = [Row(ids, adapter) for ids, adapter in zip(inputs, adapters, strict=True)]
@@ -112,6 +121,17 @@ def in_turn(contestants: Sequence[Contestant]) -> Contestant:
             contestant()
 
     return run
+
+
+def in_batches(
+    contestant: Callable[[Sequence[Sequence[int]], Sequence[C]], Contestant],
+    inputs: Sequence[Sequence[int]],
+    chosen: Sequence[C],
+    size: int,
+) -> Contestant:
+    """One contestant that runs all inputs; `contestant` makes one batch of some, with their adapters."""
+    starts = range(0, len(inputs), size)
+    return in_turn([contestant(inputs[i : i + size], chosen[i : i + size]) for i in starts])
 
 
 def measure(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, float]:
