@@ -56,13 +56,18 @@ def base_folder(shape: str) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def random_adapter(spec: BaseSpec, seed: int, molex: MolexConfig | None = None) -> Adapter:
+def random_adapter(
+    spec: BaseSpec, seed: int, molex: MolexConfig | None = None, device: torch.device | str = "cpu"
+) -> Adapter:
     """A rank-8 adapter on query and value in which all weights are random: as costly as a trained one."""
-    config = AdapterConfig("SEQ_CLS", r=8, lora_alpha=16, target_modules=("query", "value"), molex=molex)
+    targets = ("q_proj", "v_proj") if spec.generates else ("query", "value")
+    config = AdapterConfig(
+        "CAUSAL_LM" if spec.generates else "SEQ_CLS", r=8, lora_alpha=16, target_modules=targets, molex=molex
+    )
     fresh = new_adapter(spec, config, num_labels=2, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     tensors = {
-        name: tensor.detach() + 0.02 * torch.randn(tensor.shape, generator=generator)
+        name: (tensor.detach() + 0.02 * torch.randn(tensor.shape, generator=generator)).to(device)
         for name, tensor in fresh.tensors.items()
     }
     return assemble(config, spec, tensors)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.models.llama.modeling_llama import rotate_half
 
 from molex.kv_cache import PAGE_TOKENS, DepthCache, pages_for
 from molex.packing import AttentionGroup, Indices, Packed
@@ -103,7 +104,7 @@ def packed_attention(
             packed.masks[number, window] = _mask(group, packed.causal, window, heads.device)
         mask = packed.masks[number, window]
         causal = packed.causal and mask is None and group.queries > 1
-        attended = _attend(queries, keys, values, mask, causal, scaling)
+        attended = scaled_attention(queries, keys, values, mask, causal, scaling)
         outputs.append(attended.transpose(1, 2).flatten(0, 1).to(heads.dtype))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if packed.grouped is None and rows is None:
@@ -117,6 +118,14 @@ def attend(
 ) -> Tensor:
     """`packed_attention` of a layer with these options, for the tokens `rows`."""
     return packed_attention(heads, options.num_kv_heads, packed, kv, options.scaling, options.window, rows)
+
+
+def rotated(heads: Tensor, num_kv_heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of the queries and keys among heads [n, heads, head_dim]."""
+    turning, values = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
+    cos, sin = cos[:, None].to(heads.dtype), sin[:, None].to(heads.dtype)
+    turned = turning * cos + rotate_half(turning) * sin
+    return torch.cat([turned, values], dim=1)
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -160,7 +169,7 @@ def _mask(group: AttentionGroup, causal: bool, window: int | None, device: torch
     return visible if window is None else visible & (keys > queries - window)
 
 
-def _attend(
+def scaled_attention(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool, scaling: float
 ) -> Tensor:
     """Attention [b, heads, q, head_dim] with as many or fewer key heads."""

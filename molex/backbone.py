@@ -24,11 +24,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.llama.modeling_llama import rotate_half
 
-from molex.attention import AttentionOptions, KVStreams
+from molex.attention import AttentionOptions, KVStreams, rotated
 from molex.errors import BaseModelError
 from molex.family import FAMILIES, attention_options
+from molex.grouped.layers import GroupedLayers, can_group
 from molex.heads import HeadKind
 from molex.layers import Layers, StockLayers, copied
 from molex.native.layers import NativeLayers, release, why_not_natively
@@ -161,10 +161,10 @@ class Backbone:
     def prepack(self, bits: Bits | None = None, routed_bits: Bits | None = None) -> None:
         """Lay the weights of all layers out for inference; no gradients afterwards.
 
-        They run on the kernels of `molex/native` where the CPU has what those need, else as in
-        `molex/prepack.py`. With `bits` all layers have weights in so many, with `routed_bits` those of the
-        routed branch, which are a second copy then. Raises BaseModelError where only the kernels could do
-        that, and they cannot run.
+        They run on the kernels of `molex/native` where the CPU has what those need, as grouped products on a
+        GPU in bfloat16 (`molex/grouped`), else as in `molex/prepack.py`. With `bits` all layers have weights
+        in so many, with `routed_bits` those of the routed branch, which are a second copy then. Raises
+        BaseModelError where only the kernels could do that, and they cannot run.
         """
         stock = self.layers
         if not isinstance(stock, StockLayers):
@@ -177,6 +177,9 @@ class Backbone:
             self._pack_vocabulary()
         elif fewest is not None:
             raise BaseModelError(f"{fewest}-bit weights need the kernels, which {why_not}")
+        elif can_group(stock):
+            self.layers = GroupedLayers(stock, self.family, self.config)
+            release(stock.blocks)
         else:
             stock.prepack()
 
@@ -233,7 +236,7 @@ class Backbone:
         """
         heads = projected.view(len(projected), -1, self.head_dim)
         if rotary is not None:
-            heads = _rotated(heads, self.num_kv_heads, *rotary)
+            heads = rotated(heads, self.num_kv_heads, *rotary)
         options = self._attention[number % self.num_layers]
         return self.layers.attend(heads, packed, kv, options, rows).flatten(-2)
 
@@ -269,14 +272,6 @@ def load_stock(base: str | Path, dtype: torch.dtype | Literal["auto"]) -> tuple[
         raise BaseModelError(f"base model {str(base)!r}: no weights for {sorted(missing)[0]}")
     has_pooler = config.model_type == "bert" and not info["missing_keys"]
     return model, has_pooler
-
-
-def _rotated(heads: Tensor, num_kv_heads: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of the queries and keys among heads [n, heads, head_dim]."""
-    turning, values = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
-    cos, sin = cos[:, None].to(heads.dtype), sin[:, None].to(heads.dtype)
-    turned = turning * cos + rotate_half(turning) * sin
-    return torch.cat([turned, values], dim=1)
 
 
 def _check_supported(base: str, config: PretrainedConfig) -> None:

@@ -10,6 +10,8 @@ import torch
 from molex.adapter import Adapter
 from molex.backbone import Backbone
 from molex.forward import Forward
+from molex.grouped.decoding import GroupedDecoding
+from molex.grouped.layers import GroupedLayers
 from molex.kv_cache import KVCache
 from molex.lora import BatchLora
 from molex.native.decoding import NativeDecoding
@@ -20,8 +22,8 @@ from molex.row import Row
 
 
 def can_decode(backbone: Backbone) -> bool:
-    """Whether the kernels run all layers of a base, with one attention."""
-    return isinstance(backbone.layers, NativeLayers) and backbone.layers_share_attention
+    """Whether all layers of a base can run one after the other as one piece of work, with one attention."""
+    return isinstance(backbone.layers, NativeLayers | GroupedLayers) and backbone.layers_share_attention
 
 
 def is_decoding(row: Row) -> bool:
@@ -69,8 +71,8 @@ class Decoding:
         """Run one token of each row; the results are those of `MolexModel.run`."""
         backbone = self._backbone
         ordered = [rows[i] for i in self._order]
-        tokens = torch.tensor([row.token_ids[0] for row in ordered])
-        past = torch.tensor([row.start for row in ordered])
+        ids, starts = [row.token_ids[0] for row in ordered], [row.start for row in ordered]
+        tokens, past = torch.tensor([ids, starts]).to(backbone.device).unbind()
         hidden = backbone.embed(tokens, past, None)
         hidden = self._steps.step(hidden, past, backbone.rotary(hidden, past))
         assert backbone.lm_head is not None
@@ -80,17 +82,26 @@ class Decoding:
         return RunOutput([logits[i] for i in places], routes, torch.zeros(()), self._stats)
 
 
-def _planned(forward: Forward, cache: KVCache) -> tuple[RunStats, NativeDecoding]:
+def _steps(backbone: Backbone, count: int) -> NativeDecoding | GroupedDecoding:
+    layers, head_dim, options = backbone.layers, backbone.head_dim, backbone.attention_options
+    if isinstance(layers, GroupedLayers):
+        return GroupedDecoding(layers, head_dim, options)
+    assert isinstance(layers, NativeLayers)
+    return NativeDecoding(layers, count, backbone.config.num_attention_heads, head_dim, options)
+
+
+def _planned(forward: Forward, cache: KVCache) -> tuple[RunStats, NativeDecoding | GroupedDecoding]:
     backbone, layout = forward.backbone, forward.packed
-    assert isinstance(backbone.layers, NativeLayers)
-    count, num_heads = len(layout), backbone.config.num_attention_heads
-    steps = NativeDecoding(backbone.layers, count, num_heads, backbone.head_dim, backbone.attention_options)
+    count = len(layout)
+    steps = _steps(backbone, count)
     pinned = [row.route or () for row in forward.rows]
-    router = Router(forward.adapters, layout, [1] * count, pinned)
+    # Grouped passes visit the own layer too, and leave keys and values for that visit.
+    visits_own = isinstance(steps, GroupedDecoding)
+    router = Router(forward.adapters, layout, [1] * count, pinned, visits_own=visits_own)
     distinct_layers = 0
     for depth in range(backbone.num_layers):
         plan = router.plan(depth, torch.empty(0))
-        distinct_layers += len(plan.groups)
+        distinct_layers += sum(layer != depth for layer, _, _ in plan.groups)
         [calls] = forward.calls(depth, plan)
         arranged = forward.arranged(calls)
         numbers = [call.layer for call in calls]

@@ -7,19 +7,17 @@ from functools import cache, partial
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from molex.adapter import BARE, Adapter
+from molex.choices import ChoiceTable, top_k
 from molex.errors import InputError
 from molex.forward import Forward
 from molex.gate import LinearGate
 from molex.native.layers import NativeLayers, is_linear
-from molex.routing import Choice, Route, Router, sole_choice
+from molex.routing import Route, Router
 
-CHOICES = 2
-"""Routed layers that a request may visit at a depth."""
 SCORES = {"mode": 0, "softmax": 1, "sigmoid": 2}
 TOKENS_PER_CALL = 4096
 """The work of a call, in tokens that run through one depth: whoever watches a pass sees calls end."""
@@ -133,9 +131,7 @@ class NativeDepths:
         self._layers = forward.backbone.layers
         self._voters = voters
         num_layers, count = forward.backbone.num_layers, len(forward.rows)
-        self._chosen = np.zeros((num_layers, count, CHOICES), dtype=np.int64)
-        self._shares = np.zeros((num_layers, count, CHOICES), dtype=np.float32)
-        self._pin_routes()
+        self._choices = ChoiceTable(forward.rows, num_layers)
         width = forward.backbone.spec.hidden_size
         tables = [_table(adapter, num_layers, width) for adapter in forward.adapters]
         self._depths = torch.classes.molex.Depths(
@@ -143,8 +139,8 @@ class NativeDepths:
             torch.tensor([self._request(i) for i in range(count)]),
             torch.stack([table.gates for table in tables]),
             torch.stack([table.weights for table in tables]),
-            torch.from_numpy(self._chosen),
-            torch.from_numpy(self._shares),
+            torch.from_numpy(self._choices.layers),
+            torch.from_numpy(self._choices.shares),
             self._layers.factors_of(forward.lora),
         )
 
@@ -194,17 +190,7 @@ class NativeDepths:
     @property
     def routes(self) -> list[Route]:
         """The route of each row, once all depths have run."""
-        chosen, shares = self._chosen.tolist(), self._shares.tolist()
-        return [
-            tuple(
-                _choice(chosen[depth][i], shares[depth][i], self._top_k(adapter))
-                for depth in sorted(adapter.gates)
-            )
-            if row.route is None
-            else row.route
-            for i, row in enumerate(self._forward.rows)
-            for adapter in [row.adapter]
-        ]
+        return self._choices.routes
 
     def _request(self, number: int) -> list[int]:
         """A line of the kernels' table of requests."""
@@ -217,23 +203,7 @@ class NativeDepths:
             int(forward.packed.members[number]),
             self._voters[number] if votes else 0,
             SCORES[score],
-            self._top_k(row.adapter),
+            top_k(row.adapter),
             int(forward.first_needed[number]),
             int(forward.result.lengths[number]),
         ]
-
-    def _pin_routes(self) -> None:
-        for number, row in enumerate(self._forward.rows):
-            if row.route is None or not row.adapter.gates:
-                continue
-            for depth, choice in zip(sorted(row.adapter.gates), row.route, strict=True):
-                self._chosen[depth, number, : len(choice.layers)] = choice.layers
-                self._shares[depth, number, : len(choice.layers)] = choice.weights
-
-    @staticmethod
-    def _top_k(adapter: Adapter) -> int:
-        return 0 if adapter.molex is None else adapter.molex.top_k
-
-
-def _choice(layers: list[int], shares: list[float], top_k: int) -> Choice:
-    return sole_choice(layers[0]) if top_k == 1 else Choice(tuple(layers), tuple(shares))

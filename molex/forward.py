@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -128,34 +128,47 @@ class Forward:
         Behind the rows of the tokens z and z' have rows of padding, as many as `Backbone.padded_rows` wants.
         The last depth returns only the rows of tokens whose result is needed, in their order.
         """
-        last = depth == self.backbone.num_layers - 1
         outputs = [
             output
             for calls in self.calls(depth, plan)
-            for output in self._run(depth, calls, hidden, last=last)
+            for output in self.run_calls(depth, calls, [call.layer for call in calls], hidden)
         ]
         if plan.own is None:
             return outputs[0]
-        layout = self.result if last else self.packed
-        return self.backbone.layers.mix(layout, plan, outputs)
+        return self.backbone.layers.mix(self.leaving(depth), plan, outputs)
+
+    def is_last(self, depth: int) -> bool:
+        return depth == self.backbone.num_layers - 1
+
+    def leaving(self, depth: int) -> Packed:
+        """The tokens that leave a depth: at the last one those whose result is needed."""
+        return self.result if self.is_last(depth) else self.packed
 
     def calls(self, depth: int, plan: RoutePlan) -> list[list[LayerCall]]:
         """The own layer and the routed ones, those side by side that can share attention."""
         first_routed = self.backbone.layers.first_routed
-        calls = [LayerCall(depth, self._everyone, np.zeros_like(self._everyone))]
+        calls = [self.own_call(depth)]
         calls += [
             LayerCall(first_routed + layer, requests, choices) for layer, requests, choices in plan.groups
         ]
         return [calls] if self.backbone.layers_share_attention else [[call] for call in calls]
 
-    def _run(self, depth: int, calls: Sequence[LayerCall], hidden: Tensor, *, last: bool) -> Sequence[Tensor]:
-        """The outputs of several layers, with one attention over all their rows."""
+    def own_call(self, depth: int) -> LayerCall:
+        """The own layer of a depth, which all requests run through."""
+        return LayerCall(depth, self._everyone, np.zeros_like(self._everyone))
+
+    def run_calls(
+        self, depth: int, calls: Sequence[LayerCall], numbers: Any, hidden: Tensor
+    ) -> Sequence[Tensor]:
+        """The outputs of several layers, with one attention over all their rows.
+
+        `numbers` are those of the layers, one a call, as the backbone's layers take them.
+        """
         layers = self.backbone.layers
         arranged = self.arranged(calls)
-        numbers = [call.layer for call in calls]
         stage = arranged.stage
         projected = layers.project(stage, numbers, hidden)
-        if last and self.result.num_tokens < self.packed.num_tokens:
+        if self.is_last(depth) and self.result.num_tokens < self.packed.num_tokens:
             requests = np.concatenate([call.requests for call in calls])
             first = arranged.packed.offsets + self.first_needed[requests]
             needed = ranges(first, self.result.lengths[requests])
@@ -164,7 +177,7 @@ class Forward:
         if self.cache is not None and arranged.kv is not None:
             kv = KVStreams(self.cache.depths[depth], arranged.kv)
         attended = self.backbone.attend(
-            numbers[0], projected, arranged.packed, arranged.rotary, kv, stage.rows
+            calls[0].layer, projected, arranged.packed, arranged.rotary, kv, stage.rows
         )
         return layers.finish(stage, numbers, hidden, attended)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from molex.depths import Depths, NativeDepths, PlannedDepths
 from molex.forward import Forward
+from molex.grouped_depths import GroupedDepths
 from molex.routing import Route
 
 
@@ -67,9 +68,8 @@ class Pass:
         self._forward = forward
         self._lm_logits: Literal["last", "all"] = lm_logits
         self._hidden = forward.embed()
-        self._depths: Depths = (
-            NativeDepths(forward, voters) if NativeDepths.can_run(forward) else PlannedDepths(forward, voters)
-        )
+        ways = [way for way in (NativeDepths, GroupedDepths) if way.can_run(forward)]
+        self._depths: Depths = (ways[0] if ways else PlannedDepths)(forward, voters)
         self._num_depths = forward.backbone.num_layers
         self._depth = 0
 

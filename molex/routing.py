@@ -44,8 +44,8 @@ def flat_route(route: Route) -> list[int | tuple[int, ...]]:
     return [c.layers[0] if len(c.layers) == 1 else c.layers for c in route]
 
 
-@dataclass(frozen=True)
-class _Electorate:
+@dataclass(frozen=True, eq=False)
+class Electorate:
     """Requests that vote by one rule.
 
     `tokens` are their voting tokens in order of the requests; `owners` says which of the requests each
@@ -85,6 +85,9 @@ class Router:
     `adapters` are the distinct adapters of the batch, which `packed.members` indexes; `voters[i]` is how many
     leading tokens of request i vote; `pinned[i]` is its route, if it was decided in an earlier pass;
     `gate_logits` runs the gates, `elect` counts the votes.
+
+    A request whose routed layer is the own one visits none, and has the sum of both weights as its own. With
+    `visits_own` it visits the own layer like any other.
     """
 
     def __init__(
@@ -95,21 +98,24 @@ class Router:
         pinned: Sequence[Route | None],
         gate_logits: GateLogits = gate_logits,
         elect: Elect = elect,
+        *,
+        visits_own: bool = False,
     ) -> None:
         self.adapters = adapters
         self._gate_logits = gate_logits
         self._elect = elect
+        self._visits_own = visits_own
         self.packed = packed
         self.voters = np.asarray(voters, dtype=np.int64)
         self.pinned = pinned
         self.balance_losses: list[Tensor] = []
         self._is_pinned = np.array([route is not None for route in pinned])
         self._choices: list[list[Choice]] = [[] for _ in range(len(packed))]
-        self._electorates: dict[tuple[bool, ...], list[_Electorate]] = {}
-        self._pairs = self._pair_table()
+        self._electorates: dict[tuple[bool, ...], list[Electorate]] = {}
+        self.pairs = self._pair_table()
+        """w_own [r] and w_routed [r] at each depth, 1 and 0 where a request does not mix."""
 
     def _pair_table(self) -> list[tuple[Tensor, Tensor]]:
-        """w_own [r] and w_routed [r] at each depth, 1 and 0 where a request does not mix."""
         device = self.packed.device
         pairs = {n: a.mixing_pairs().to(device) for n, a in enumerate(self.adapters) if a.molex is not None}
         if not pairs:
@@ -133,18 +139,26 @@ class Router:
 
     def plan(self, depth: int, hidden: Tensor) -> RoutePlan:
         """Decide a depth from its input, [n, d] or longer."""
-        mixes = tuple(depth in adapter.gates for adapter in self.adapters)
+        mixes = self.mixing_at(depth)
         if not any(mixes):
             return NO_ROUTES
-        visits = [self._vote(electorate, depth, hidden) for electorate in self._electorates_of(mixes)]
+        visits = [self._vote(electorate, depth, hidden) for electorate in self.electorates(mixes)]
         if depth in self._followed:
             visits.append(self._followed[depth])
         return self._plan(depth, visits)
 
-    def _vote(self, electorate: _Electorate, depth: int, hidden: Tensor) -> _Visits:
-        """Hold the vote of a depth, and keep the choices."""
+    def mixing_at(self, depth: int) -> tuple[bool, ...]:
+        """Whether each adapter mixes at a depth."""
+        return tuple(depth in adapter.gates for adapter in self.adapters)
+
+    def election(self, electorate: Electorate, depth: int, hidden: Tensor) -> tuple[Ballots, Election]:
+        """Have the tokens of some requests vote, with the input of a depth."""
         ballots = self._ballots(electorate, depth, hidden)
-        election = self._elect(ballots, electorate.molex.vote, electorate.molex.top_k)
+        return ballots, self._elect(ballots, electorate.molex.vote, electorate.molex.top_k)
+
+    def _vote(self, electorate: Electorate, depth: int, hidden: Tensor) -> _Visits:
+        """Hold the vote of a depth, and keep the choices."""
+        ballots, election = self.election(electorate, depth, hidden)
         if torch.is_grad_enabled():
             self.balance_losses.append(load_balance(ballots))
         layers, weights = election.layers.tolist(), election.weights.tolist()
@@ -172,7 +186,7 @@ class Router:
         shares = torch.tensor(weights, dtype=torch.float64, device=self.packed.device)
         return _Visits(np.array(requests), np.array(layers), np.array(choices), shares)
 
-    def _electorates_of(self, mixes: tuple[bool, ...]) -> list[_Electorate]:
+    def electorates(self, mixes: tuple[bool, ...]) -> list[Electorate]:
         """The requests that vote where these adapters mix, by voting rule."""
         if mixes not in self._electorates:
             by_rule: dict[tuple[VoteConfig, int, str], list[int]] = defaultdict(list)
@@ -183,7 +197,7 @@ class Router:
             self._electorates[mixes] = [self._electorate(np.array(requests)) for requests in by_rule.values()]
         return self._electorates[mixes]
 
-    def _electorate(self, requests: Indices) -> _Electorate:
+    def _electorate(self, requests: Indices) -> Electorate:
         voters, members = self.voters[requests], self.packed.members[requests]
         firsts = starts_of_runs(members)
         wards = [self.adapters[member] for member in members[firsts]]
@@ -193,24 +207,23 @@ class Router:
         tokens = self._tensor(ranges(self.packed.offsets[requests], voters))
         owners = self._tensor(np.repeat(np.arange(len(requests)), voters))
         visitors, choices = requests.repeat(molex.top_k), np.tile(np.arange(molex.top_k) + 1, len(requests))
-        return _Electorate(molex, requests.tolist(), tokens, owners, wards, lengths, visitors, choices)
+        return Electorate(molex, requests.tolist(), tokens, owners, wards, lengths, visitors, choices)
 
-    def _ballots(self, electorate: _Electorate, depth: int, hidden: Tensor) -> Ballots:
+    def _ballots(self, electorate: Electorate, depth: int, hidden: Tensor) -> Ballots:
         """The gate of each adapter on its own voting tokens."""
         gates = [adapter.gates[depth] for adapter in electorate.wards]
         logits = self._gate_logits(gates, electorate.lengths, hidden, electorate.tokens)
         return Ballots(logits, electorate.owners, len(electorate.requests))
 
     def _plan(self, depth: int, visits: Sequence[_Visits]) -> RoutePlan:
-        own, routed = self._pairs[depth]
+        own, routed = self.pairs[depth]
         requests = np.concatenate([some.requests for some in visits])
         layers = np.concatenate([some.layers for some in visits])
         choices = np.concatenate([some.choices for some in visits])
         shares = torch.cat([some.shares for some in visits])
         weights = shares.to(routed.dtype) * routed.index_select(0, self._tensor(requests))
         order = np.lexsort((requests, layers))
-        if (stays := np.flatnonzero(layers == depth)).size:
-            # The routed layer is the own one: it runs once, with both weights.
+        if not self._visits_own and (stays := np.flatnonzero(layers == depth)).size:
             own = own.index_add(
                 0, self._tensor(requests[stays]), weights.index_select(0, self._tensor(stays))
             )

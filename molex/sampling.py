@@ -208,7 +208,8 @@ class LogitRow:
         if processor is None and params.temperature < GREEDY_BELOW:
             token_id = self.logits.best[self.row]
         else:
-            logits = self.logits.values[self.row].float()
+            # What a request adds to logits, and its random numbers, are on the host.
+            logits = self.logits.values[self.row].float().cpu()
             token_id = _choose(logits if processor is None else processor.process(logits), params, generator)
         if processor is not None:
             processor.accept(token_id)

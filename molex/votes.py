@@ -28,10 +28,10 @@ class Ballots:
     def counts(self) -> Tensor:
         """How many tokens [v, T] of each request have each layer as first choice."""
         num_layers = self.logits.shape[1]
-        cells = (self.owners * num_layers + self.first_choices).bincount(
-            minlength=self.num_requests * num_layers
-        )
-        return cells.view(self.num_requests, num_layers)
+        cells = self.owners * num_layers + self.first_choices
+        # Not `bincount`, which waits for a GPU to know how many it has to count.
+        counts = cells.new_zeros(self.num_requests * num_layers).index_add_(0, cells, torch.ones_like(cells))
+        return counts.view(self.num_requests, num_layers)
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -41,7 +41,8 @@ class Ballots:
     def mean(self, values: Tensor) -> Tensor:
         """Values [n, T] averaged over the tokens of each request [v, T]."""
         sums = values.new_zeros(self.num_requests, values.shape[1]).index_add_(0, self.owners, values)
-        return sums / self.owners.bincount(minlength=self.num_requests)[:, None]
+        voters = self.owners.new_zeros(self.num_requests)
+        return sums / voters.index_add_(0, self.owners, torch.ones_like(self.owners))[:, None]
 
 
 @dataclass(frozen=True)

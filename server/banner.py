@@ -17,7 +17,8 @@ def _inventory(engine: Engine, refused: Mapping[str, str]) -> Iterator[str]:
     yield "Bases"
     for base in engine.bases.values():
         spec = base.model.spec
-        yield f"  {base.name}: {spec.model_type}, {spec.num_layers} layers, {base.model.dtype}"
+        where = "" if base.model.device.type == "cpu" else f" on {base.model.device}"
+        yield f"  {base.name}: {spec.model_type}, {spec.num_layers} layers, {base.model.dtype}{where}"
     yield "Adapters"
     for served in engine.adapters.all():
         config = served.config

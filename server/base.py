@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import torch
+
+from molex.errors import BaseModelError
 from molex.model import MolexModel
 from server.precision import choose_precision
 from server.runner import ModelRunner
@@ -35,8 +38,8 @@ def load_base(name: str, source: str, settings: Settings) -> Base:
 
     Raises BaseModelError where it cannot be served.
     """
-    precision = choose_precision(settings)
-    model = MolexModel.from_pretrained(source, precision.own, routed_dtype=precision.routed)
+    precision, device = choose_precision(settings), _device(name, settings)
+    model = MolexModel.from_pretrained(source, precision.own, device, routed_dtype=precision.routed)
     model.prepack(precision.bits, precision.routed_bits)
     model.use_bank(settings.max_bank_bytes)
     model.warm_up(min(WARM_ROWS, settings.max_batch_tokens))
@@ -48,3 +51,11 @@ def load_base(name: str, source: str, settings: Settings) -> Base:
         reuse_prefixes=settings.prefix_reuse == "on",
     )
     return Base(name, model, tokenization, runner)
+
+
+def _device(name: str, settings: Settings) -> torch.device:
+    device = torch.device(settings.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = f"PyTorch {torch.__version__} finds {torch.cuda.device_count()} GPUs here"
+        raise BaseModelError(f"base {name!r}: there is no device {settings.device}: {found}")
+    return device

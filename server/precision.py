@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,11 +40,9 @@ class Precision:
 def choose_precision(settings: Settings, flags: dict[str, Any] | None = None) -> Precision:
     """What the settings ask for; `flags` are the CPU's, by default as PyTorch reads them."""
     name, reason = settings.precision, "as set"
-    found = [flag for flag in BFLOAT16_FLAGS if (flags or torch.cpu.get_capabilities()).get(flag)]
-    fastest: Literal["bf16", "fp32"] = "bf16" if found else "fp32"
+    fastest, why = _fastest(settings.device, flags or torch.cpu.get_capabilities())
     if name == "auto":
-        name = fastest
-        reason = f"chosen: this CPU has {found[0]}" if found else "chosen: this CPU has no bfloat16 products"
+        name, reason = fastest, f"chosen: {why}"
     if name == "mixed":
         return Precision(torch.float32, torch.bfloat16, reason)
     own = DTYPES[fastest if name == "int8" else name]
@@ -51,6 +50,13 @@ def choose_precision(settings: Settings, flags: dict[str, Any] | None = None) ->
     if routed is None or routed in BITS:
         return Precision(own, own, reason, bits, BITS.get(routed or name))
     return Precision(own, DTYPES[routed], reason)
+
+
+def _fastest(device: str, flags: Mapping[str, Any]) -> tuple[Literal["bf16", "fp32"], str]:
+    if device != "cpu":
+        return "bf16", "a GPU runs the layers of a depth together in it"
+    found = [flag for flag in BFLOAT16_FLAGS if flags.get(flag)]
+    return ("bf16", f"this CPU has {found[0]}") if found else ("fp32", "this CPU has no bfloat16 products")
 
 
 def _spelled(dtype: torch.dtype, bits: Bits | None) -> str:

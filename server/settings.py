@@ -120,6 +120,10 @@ class Settings(CatalogueSettings):
         "--port: one listener for all.",
     )
     insecure: bool = Field(False, description="Listen beyond this machine although no caller needs a key.")
+    device: str = Field(
+        "cpu",
+        description="What runs the base models: cpu, or cuda for an NVIDIA GPU, cuda:1 for the second.",
+    )
     precision: Literal["auto", "fp32", "bf16", "int8", "fp64", "mixed"] = Field(
         "fp32",
         description="Precision of the base models. int8: weights of layers in 8 bits, all else in bf16 where "
@@ -252,6 +256,13 @@ class Settings(CatalogueSettings):
             bases[name] = source
         return bases
 
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, value: str) -> str:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", value):
+            raise ValueError(f"{value!r} is no device: use cpu, cuda or cuda:1")
+        return value
+
     @field_validator("sources", mode="before")
     @classmethod
     def _parse_sources(cls, value: Any) -> Any:
@@ -270,6 +281,8 @@ class Settings(CatalogueSettings):
             raise ValueError("max_inputs must not exceed max_queue")
         if self.max_sequences > self.max_batch_tokens:
             raise ValueError("max_sequences must not exceed max_batch_tokens")
+        if self.device != "cpu" and {self.precision, self.routed_precision} & {"int8", "int4"}:
+            raise ValueError("weights in 8 or 4 bits need device cpu: on a GPU use fp32, bf16 or mixed")
         if self.precision == "mixed" and self.routed_precision not in (None, "bf16"):
             raise ValueError("precision mixed has its routed layers in bf16: leave routed_precision out")
         if self.precision == "int8" and self.routed_precision not in (None, "int8", "int4"):

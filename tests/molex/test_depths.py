@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertModel
 
-from molex import BARE, MolexModel, Row
+from molex import MolexModel, Row
 from molex.depths import TOKENS_PER_CALL, NativeDepths, PlannedDepths
 from molex.errors import InputError
 from molex.routing import flat_route
+from tests.batches import mixed_rows
 from tests.molex.native.kernels import needs_kernels, threads
 from tests.tiny import (
     DECODERS,
@@ -30,32 +31,12 @@ pytestmark = needs_kernels
 # Both ways run the same kernels on the same blocks of rows. Only queries and keys are rotated elsewhere.
 ROTATION_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 COSINE = {"kind": "cosine", "projection_dim": 4}
-MIXTURES = [
-    None,
-    molex_config(),
-    molex_config([0, 3]),
-    molex_config([1, LAYERS - 1], vote={"rule": "mean"}),
-    molex_config(vote={"rule": "mean", "score": "sigmoid"}, top_k=2),
-]
 
 
 def native(folder, dtype, **weights):
     model = MolexModel.from_pretrained(folder, dtype)
     model.prepack(**weights)
     return model
-
-
-def mixed_rows(model, lengths):
-    """Bare rows and rows of every kind of mixture, in turn; every third has voters of its own."""
-    task = "CAUSAL_LM" if model.spec.generates else "SEQ_CLS"
-    adapters = [
-        BARE,
-        *(random_adapter(model.spec, seed=n, r=1 + n, task=task, molex=m) for n, m in enumerate(MIXTURES)),
-    ]
-    return [
-        Row(random_ids(n, seed=i), adapters[i % len(adapters)], voters=(n + 1) // 2 if i % 3 == 0 else None)
-        for i, n in enumerate(lengths)
-    ]
 
 
 def both_ways(model, rows, monkeypatch, lm_logits="last"):

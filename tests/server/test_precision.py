@@ -48,6 +48,13 @@ def test_auto_takes_float32_elsewhere_and_leaves_routed_layers_to_their_setting(
     )
 
 
+def test_a_gpu_runs_in_bfloat16_whatever_the_cpu_has():
+    precision = chosen({"avx2": True}, precision="auto", device="cuda:1")
+    assert precision.own == precision.routed == BFLOAT16
+    assert str(precision) == "bfloat16 (chosen: a GPU runs the layers of a depth together in it)"
+    assert chosen({"amx_bf16": True}, device="cuda").own == FLOAT32
+
+
 def test_mixed_contradicts_another_precision_of_routed_layers():
     with pytest.raises(ValueError, match="leave routed_precision out"):
         chosen(precision="mixed", routed_precision="fp32")

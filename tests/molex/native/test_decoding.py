@@ -10,15 +10,13 @@ import torch
 
 from molex import BARE, MolexModel, Row
 from molex.decoding import Decoding
-from molex.kv_cache import pages_for
 from molex.reference import Reference
+from tests.batches import Generations, generators, relative_error
 from tests.molex.native.kernels import needs_kernels, threads
 from tests.molex.native.test_layers import TOLERANCE, TOLERANCE_BITS
 from tests.tiny import DECODERS, molex_config, random_adapter, random_ids, tiny_base
 
 pytestmark = needs_kernels
-
-ROOM = 70
 
 
 @pytest.fixture(scope="module", params=DECODERS)
@@ -30,45 +28,6 @@ def packed(folder, dtype=torch.float32, **weights):
     model = MolexModel.from_pretrained(folder, dtype)
     model.prepack(**weights)
     return model
-
-
-def generators(model):
-    mixtures = [None, molex_config(), molex_config([0, 3], top_k=2), None]
-    return [BARE] + [
-        random_adapter(model.spec, seed=n, task="CAUSAL_LM", r=1 + 2 * n, molex=molex)
-        for n, molex in enumerate(mixtures)
-    ]
-
-
-class Generations:
-    """Prompts that have run, and the rows of their next tokens, which are random."""
-
-    def __init__(self, model, adapters, lengths):
-        self.model, self.adapters = model, adapters
-        self.cache = model.new_cache(sum(pages_for(ROOM, a.num_streams) for a in adapters))
-        self.slots = [self.cache.allocate(ROOM, adapter.num_streams) for adapter in adapters]
-        self.texts = [random_ids(n, seed=i) for i, n in enumerate(lengths)]
-        rows = [
-            Row(text, adapter, slot=slot)
-            for text, adapter, slot in zip(self.texts, adapters, self.slots, strict=True)
-        ]
-        self.routes = model.run(rows, self.cache).routes
-
-    def grow(self, seed):
-        for i, text in enumerate(self.texts):
-            text.append(random_ids(1, seed=1000 * seed + i)[0])
-
-    def rows(self):
-        return [
-            Row(text[-1:], adapter, slot=slot, start=len(text) - 1, route=route)
-            for text, adapter, slot, route in zip(
-                self.texts, self.adapters, self.slots, self.routes, strict=True
-            )
-        ]
-
-
-def relative_error(given, expected):
-    return float((given.float() - expected.float()).norm() / expected.float().norm())
 
 
 @torch.no_grad()

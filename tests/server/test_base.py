@@ -1,0 +1,23 @@
+"""Bases are loaded onto the device that is asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from molex.errors import BaseModelError
+from server.base import load_base
+from server.settings import Settings
+
+
+@pytest.mark.parametrize(("device", "found"), [("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_that_is_not_there_is_named(device, found, base_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    settings = Settings(bases=[f"a={base_folder('bert')}"], device=device)
+    with pytest.raises(BaseModelError, match=f"base 'a': there is no device {device}: .* finds {found} GPUs"):
+        load_base("a", str(base_folder("bert")), settings)
+
+
+def test_the_cpu_needs_no_looking_for(base_folder):
+    settings = Settings(bases=[f"a={base_folder('bert')}"])
+    assert load_base("a", str(base_folder("bert")), settings).model.device == torch.device("cpu")
