@@ -107,10 +107,8 @@ def packed_attention(
         attended = scaled_attention(queries, keys, values, mask, causal, scaling)
         outputs.append(attended.transpose(1, 2).flatten(0, 1).to(heads.dtype))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    if packed.grouped is None and rows is None:
-        return output
-    wanted = packed.restored if rows is None else packed.restored[rows]
-    return output.index_select(0, torch.from_numpy(wanted).to(output.device))
+    wanted = packed.grouped_rows_of(rows)
+    return output if wanted is None else output.index_select(0, wanted)
 
 
 def attend(

@@ -92,6 +92,7 @@ class Packed:
         self.device = device
         self.masks: dict[tuple[int, int | None], Tensor | None] = {}
         """What attention has made of a group, by its number and a window: the same at all depths."""
+        self._rows_of: dict[bytes | None, Tensor | None] = {}
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -197,3 +198,15 @@ class Packed:
         first = np.empty(len(self), dtype=np.int64)
         first[requests] = rows.cumsum() - rows
         return ranges(first, self.lengths)
+
+    def grouped_rows_of(self, tokens: Indices | None) -> Tensor | None:
+        """The rows of the groups that hold some packed tokens, by default all; None where they are all rows.
+
+        Kept, as it is the same at all depths.
+        """
+        key = None if tokens is None else tokens.tobytes()
+        if key not in self._rows_of:
+            rows = self.restored if tokens is None else self.restored[tokens]
+            is_all = self.grouped is None and np.array_equal(rows, np.arange(self.num_tokens))
+            self._rows_of[key] = None if is_all else torch.from_numpy(rows).to(self.device)
+        return self._rows_of[key]

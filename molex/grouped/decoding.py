@@ -113,10 +113,10 @@ class GroupedDecoding:
     def _run(self, hidden: Tensor, past: Tensor, *rotary: Tensor) -> Tensor:
         at = {id(places): self._at(places, past, rotary) for places in self._places.values()}
         for depth in self._depths:
-            x = hidden.index_select(0, depth.places.tokens)
-            projected = self._layers.project_rows(x, depth.rows, self._factors)
-            attended = self._attend(projected, depth, at[id(depth.places)])
-            hidden = depth.mixed(self._layers.finish_rows(x, attended, depth.rows, self._factors))
+            rows, x = depth.rows, hidden.index_select(0, depth.rows.tokens)
+            projected = rows.restored(self._layers.project_rows(x, rows, self._factors))
+            attended = rows.sorted(self._attend(projected, depth, at[id(depth.places)]))
+            hidden = depth.mixed(rows.restored(self._layers.finish_rows(x, attended, rows, self._factors)))
         return hidden
 
     def _at(self, places: Places, past: Tensor, rotary: Sequence[Tensor]) -> At:

@@ -68,30 +68,29 @@ class GroupedLayers:
 
     def project(self, stage: Stage, numbers: Sequence[int] | Tensor, hidden: Tensor) -> Tensor:
         rows = self.rows_of(stage, numbers)
-        return self.project_rows(hidden.index_select(0, stage.tokens), rows, self.factors_of(stage.lora))
+        x = hidden.index_select(0, rows.tokens)
+        return rows.restored(self.project_rows(x, rows, self.factors_of(stage.lora)))
 
     def finish(
         self, stage: Stage, numbers: Sequence[int] | Tensor, hidden: Tensor, attended: Tensor
     ) -> Sequence[Tensor]:
-        rows, x = self.rows_of(stage, numbers), hidden.index_select(0, stage.tokens)
-        return [self.finish_rows(x, attended, rows, self.factors_of(stage.lora))]
+        rows = self.rows_of(stage, numbers)
+        x = hidden.index_select(0, rows.tokens)
+        return [rows.restored(self.finish_rows(x, rows.sorted(attended), rows, self.factors_of(stage.lora)))]
 
     def project_rows(self, x: Tensor, rows: LayerRows, factors: Factors) -> Tensor:
-        """The first half for rows x [m, d], in the order that they were given in."""
-        x = rows.sorted(x)
+        """The first half for rows x [m, d] by layer."""
         if self._norm_before:
             x = self._norms[0](x, rows)
-        return rows.restored(self._linear(0, x, rows, factors))
+        return self._linear(0, x, rows, factors)
 
     def finish_rows(self, x: Tensor, attended: Tensor, rows: LayerRows, factors: Factors) -> Tensor:
-        """The second half for rows x [m, d] and what attention returned for them."""
-        x = rows.sorted(x) + self._linear(1, rows.sorted(attended), rows, factors)
+        """The second half for rows x [m, d] by layer, and what attention returned for them."""
+        x = x + self._linear(1, attended, rows, factors)
         if self._norm_before:
-            y = x + self._feed_forward(self._norms[1](x, rows), rows, factors)
-        else:
-            x = self._norms[0](x, rows)
-            y = self._norms[1](x + self._feed_forward(x, rows, factors), rows)
-        return rows.restored(y)
+            return x + self._feed_forward(self._norms[1](x, rows), rows, factors)
+        x = self._norms[0](x, rows)
+        return self._norms[1](x + self._feed_forward(x, rows, factors), rows)
 
     def _feed_forward(self, x: Tensor, rows: LayerRows, factors: Factors) -> Tensor:
         wide = self._linear(2, x, rows, factors)
@@ -112,7 +111,7 @@ class GroupedLayers:
                 return rows
         if stage not in self._segments:
             self._segments[stage] = Segments(stage, self.device)
-        rows = LayerRows.by_layer(self._segments[stage], numbers, self._num_layers)
+        rows = LayerRows.of(stage, self._segments[stage], numbers, self._num_layers)
         self._latest = (ref(stage), numbers, rows)
         return rows
 

@@ -84,23 +84,25 @@ class BatchFactors:
             torch.stack([_padded(factor, rank) for factor in factors], dim=1).flatten(0, 1)
             for factors in ([member.a for member in members], [member.b for member in members])
         )
-        self._num_members = len(members)
 
     def add(self, y: Tensor, x: Tensor, rows: LayerRows) -> Tensor:
         """y [m, out] plus the updates of x [m, in], of each row by its layer and adapter; changes y."""
-        keys = rows.segment_layers * self._num_members + rows.segment_members
-        if len(keys) > MAX_GROUPS:
-            return self._add_by_row(y, x, keys, rows.segment_ends)
-        a, b = self.a.index_select(0, keys), self.b.index_select(0, keys)
+        pairs = rows.segment_pairs
+        if len(pairs) > MAX_GROUPS:
+            return self._add_by_row(y, x, rows)
+        a, b = self.a.index_select(0, pairs), self.b.index_select(0, pairs)
         narrow = functional.grouped_mm(x, a.mT, offs=rows.segment_ends)
         return y.add_(functional.grouped_mm(narrow, b, offs=rows.segment_ends))
 
-    def _add_by_row(self, y: Tensor, x: Tensor, keys: Tensor, ends: Tensor) -> Tensor:
+    def _add_by_row(self, y: Tensor, x: Tensor, rows: LayerRows) -> Tensor:
         """With so many segments there are few rows in each: every row brings its factors."""
-        rows = torch.arange(len(x), device=x.device, dtype=ends.dtype)
-        keys = keys.index_select(0, torch.searchsorted(ends, rows, right=True))
+        ends = rows.segment_ends
+        segments = torch.searchsorted(
+            ends, torch.arange(len(x), device=x.device, dtype=ends.dtype), right=True
+        )
+        pairs = rows.segment_pairs.index_select(0, segments)
         for first in range(0, len(x), ROWS_PER_STEP):
             step = slice(first, first + ROWS_PER_STEP)
-            a, b = self.a.index_select(0, keys[step]), self.b.index_select(0, keys[step])
+            a, b = self.a.index_select(0, pairs[step]), self.b.index_select(0, pairs[step])
             y[step] += x[step, None].bmm(a.mT).bmm(b)[:, 0]
         return y

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,31 +37,34 @@ class Segments:
 class LayerRows:
     """m rows side by side by layer, those of one segment neighbours.
 
-    Where all are in one layer it is `layer`, and they lie as they were given. Else row i is row `order[i]` of
-    those that were given, and row j of those is row `inverse[j]` here; `layers` [m] is the layer of each,
-    `layer_ends` [T] where the rows of each layer end.
+    `tokens` [m] are the rows of the batch's hidden states that they read. Where all are in one layer it is
+    `layer`, and they lie as the stage has them. Else row i is row `order[i]` of the stage, whose row j is row
+    `inverse[j]` here; `layers` [m] is the layer of each, `layer_ends` [T] where the rows of each layer end.
 
-    `segment_ends` [s] is where segments end, `segment_layers` and `segment_members` [s] say of which layer
-    and adapter they are. Ends are int32, as grouped products want them.
+    `segment_ends` [s] is where segments end, `segment_pairs` [s] their layer and adapter, numbered
+    layer · adapters of the batch + adapter. Ends are int32, as grouped products want them.
     """
 
+    tokens: Tensor
     layer: int | None
     order: Tensor
     inverse: Tensor
     layers: Tensor
     layer_ends: Tensor
     segment_ends: Tensor
-    segment_layers: Tensor
-    segment_members: Tensor
+    segment_pairs: Tensor
+    _lines: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def by_layer(cls, segments: Segments, numbers: Sequence[int] | Tensor, num_layers: int) -> LayerRows:
-        """Of calls of the layers `numbers` [c], of which there are so many.
+    def of(
+        cls, stage: Stage, segments: Segments, numbers: Sequence[int] | Tensor, num_layers: int
+    ) -> LayerRows:
+        """The rows of a stage, whose calls are of the layers `numbers` [c], of which there are so many.
 
         Nothing here waits for the device.
         """
         if not isinstance(numbers, Tensor) and len(numbers) == 1:
-            return cls._in_one(segments, numbers[0])
+            return cls._in_one(stage, segments, numbers[0])
         numbers = torch.as_tensor(numbers, device=segments.calls.device)
         of_segments = numbers.index_select(0, segments.calls)
         layers, order = of_segments.index_select(0, segments.owners).sort(stable=True)
@@ -72,30 +75,36 @@ class LayerRows:
         ends = segments.lengths.index_select(0, segment_order).cumsum(0)
         every_layer = torch.arange(num_layers, device=layers.device)
         return cls(
+            stage.tokens.index_select(0, order),
             None,
             order,
             inverse,
             layers,
             torch.searchsorted(layers, every_layer, right=True, out_int32=True),
             ends.int(),
-            segment_layers,
-            segments.members.index_select(0, segment_order),
+            segment_layers * _num_members(stage) + segments.members.index_select(0, segment_order),
         )
 
     @classmethod
-    def _in_one(cls, segments: Segments, layer: int) -> LayerRows:
+    def _in_one(cls, stage: Stage, segments: Segments, layer: int) -> LayerRows:
         none = segments.owners[:0]
         ends = segments.lengths.cumsum(0).int()
-        layers = torch.full_like(segments.members, layer)
-        return cls(layer, none, none, none, none, ends, layers, segments.members)
+        pairs = segments.members + layer * _num_members(stage)
+        return cls(stage.tokens, layer, none, none, none, none, ends, pairs)
 
     def sorted(self, x: Tensor) -> Tensor:
-        """Rows that were given, by layer."""
+        """Rows as the stage has them, by layer."""
         return x if self.layer is not None else x.index_select(0, self.order)
 
     def restored(self, x: Tensor) -> Tensor:
-        """Rows by layer, as they were given."""
+        """Rows by layer, as the stage has them."""
         return x if self.layer is not None else x.index_select(0, self.inverse)
+
+    def of_rows(self, by_layer: Tensor) -> Tensor:
+        """The line of each row's layer in [T, d]: [m, d]. Kept, for generations that ask at every step."""
+        if id(by_layer) not in self._lines:
+            self._lines[id(by_layer)] = by_layer.index_select(0, self.layers)
+        return self._lines[id(by_layer)]
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Each row of x [m, in] with the weight [out, in] and bias [out] of its layer: [m, out].
@@ -105,4 +114,8 @@ class LayerRows:
         if self.layer is not None:
             return functional.linear(x, weight[self.layer], None if bias is None else bias[self.layer])
         y = functional.grouped_mm(x, weight.mT, offs=self.layer_ends)
-        return y if bias is None else y.add_(bias.index_select(0, self.layers))
+        return y if bias is None else y.add_(self.of_rows(bias))
+
+
+def _num_members(stage: Stage) -> int:
+    return len(stage.lora.adapters)

@@ -57,10 +57,10 @@ class StackedNorm:
             return functional.layer_norm(x, shape, self.weight[layer], self.bias[layer], self.eps)
         if layer is not None:
             return functional.rms_norm(x, shape, self.weight[layer], self.eps)
-        # Rounded once, at the end, as where one kernel does all of it.
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        weight = self.weight.index_select(0, rows.layers)
+        weight = rows.of_rows(self.weight)
         if self.bias is None:
-            return (functional.rms_norm(wide, shape, eps=self.eps) * weight).to(x.dtype)
-        normed = functional.layer_norm(wide, shape, eps=self.eps)
-        return torch.addcmul(self.bias.index_select(0, rows.layers), normed, weight).to(x.dtype)
+            # Rounded before the weight and behind it, as transformers does.
+            return functional.rms_norm(x, shape, eps=self.eps) * weight
+        # Rounded once, at the end, as where one kernel does all of it.
+        normed = functional.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), shape, eps=self.eps)
+        return torch.addcmul(rows.of_rows(self.bias), normed, weight).to(x.dtype)

@@ -11,10 +11,10 @@ from molex import BARE, MolexModel, Row
 from molex.grouped.layers import GroupedLayers
 from molex.grouped_depths import GroupedDepths
 from molex.reference import Reference
-from molex.routing import flat_route
-from tests.batches import mixed_rows, relative_error
-from tests.molex.grouped.grouping import grouped, moved, no_waiting
-from tests.tiny import DECODERS, ENCODERS, molex_config, random_adapter, random_ids
+from molex.routing import flat_route, sole_choice
+from tests.batches import Generations, mixed_rows, relative_error
+from tests.molex.grouped.grouping import Operations, grouped, moved, no_waiting
+from tests.tiny import DECODERS, ENCODERS, LAYERS, molex_config, random_adapter, random_ids
 
 LENGTHS = [3, 17, 1, 8, 40, 5, 2]
 # Of all logits together, against the same layers planned on the host, which mix in another order; in bfloat16
@@ -95,6 +95,32 @@ def test_a_depth_that_waits_is_found_out(base_folder, monkeypatch):
         running = model.begin([Row(random_ids(5, seed=1), adapter)])
         with pytest.raises((RuntimeError, AssertionError), match=r"meta tensor|waits for the device"):
             running.advance(running.depths_left)
+
+
+def operations(model, rows, cache=None):
+    """What a GPU is asked to do for a pass, once all is set up."""
+    for _ in range(2):
+        with Operations() as counted:
+            model.begin(rows).advance(LAYERS) if cache is None else model.run(rows, cache)
+    return counted.count
+
+
+@pytest.mark.parametrize(("family", "most"), [("bert", 3.3), ("llama", 1.25)])
+@torch.no_grad()
+def test_mixing_costs_few_operations(family, most, base_folder, monkeypatch):
+    """Over LoRA: three times as many with votes, a sixth more for a step whose routes are pinned."""
+    model = grouped(base_folder(family), monkeypatch, torch.bfloat16, "meta")
+    counts = []
+    for mixture, choices in ((None, ()), (molex_config(), (sole_choice(1),) * LAYERS)):
+        task = "CAUSAL_LM" if model.spec.generates else "SEQ_CLS"
+        adapter = moved(random_adapter(model.spec, seed=1, molex=mixture, task=task), model)
+        if model.spec.generates:
+            running = Generations(model, [adapter], [9], [choices])
+            running.grow(0)
+            counts.append(operations(model, running.rows(), running.cache))
+        else:
+            counts.append(operations(model, [Row(random_ids(9, seed=1), adapter)]))
+    assert counts[0] < counts[1] < most * counts[0], counts
 
 
 @torch.no_grad()

@@ -100,6 +100,11 @@ def test_a_group_holds_the_tokens_of_its_requests_in_order_and_restoring_undoes_
     grouped = tokens if packed.grouped is None else tokens[packed.grouped]
     restored = grouped[packed.restored]
     assert torch.equal(restored, tokens)
+    for chosen in (None, np.arange(packed.num_tokens), np.arange(packed.num_tokens)[::-2].copy()):
+        rows = packed.grouped_rows_of(chosen)
+        wanted = tokens if chosen is None else tokens[torch.from_numpy(chosen)]
+        assert torch.equal(grouped if rows is None else grouped[rows], wanted)
+        assert packed.grouped_rows_of(chosen) is rows
     rows = grouped.split([group.num_rows for group in packed.groups])
     for group, part in zip(packed.groups, rows, strict=True):
         requests = part.view(-1, group.queries)

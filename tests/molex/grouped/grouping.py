@@ -59,3 +59,15 @@ def no_waiting() -> Iterator[None]:
     """For tensors on the meta device, which has shapes alone: what depends on values fails there anyway."""
     with NoWaiting():
         yield
+
+
+class Operations(TorchDispatchMode):
+    """Counts what a device would be asked to do: operations that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))

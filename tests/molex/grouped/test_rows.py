@@ -35,11 +35,12 @@ def stage_of(calls):
         runs.append([(m, start, end) for (m, _), start, end in zip(pieces, starts, ends, strict=True)])
         counts.append(ends[-1])
     rows = torch.arange(sum(counts))
-    return Stage(rows.numpy(), rows, counts, counts, runs, BatchLora([]))
+    return Stage(rows.numpy(), rows, counts, counts, runs, BatchLora([LoraWeights()] * 3))
 
 
 def rows_of(calls, numbers):
-    return LayerRows.by_layer(Segments(stage_of(calls), CPU), numbers, LAYERS)
+    stage = stage_of(calls)
+    return LayerRows.of(stage, Segments(stage, CPU), numbers, LAYERS)
 
 
 def adapters(generator, *, without=2):
@@ -130,5 +131,5 @@ def test_adapters_that_update_nothing_add_nothing():
     bare = LoraWeights()
     rows = rows_of([(2, [(0, 3)])], [2])
     assert PartFactors(bare, MODULES, LAYERS, torch.zeros(0)).rank == 0
-    mixed = factors_of([bare, adapters(torch.Generator().manual_seed(3))[0]])
+    mixed = factors_of([bare, *adapters(torch.Generator().manual_seed(3))[:2]])
     assert torch.equal(mixed.add(torch.ones(3, OUTPUTS), torch.ones(3, INPUTS), rows), torch.ones(3, OUTPUTS))
