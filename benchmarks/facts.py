@@ -17,7 +17,7 @@ GIB = 1 << 30
 
 
 def facts() -> dict[str, Any]:
-    """The machine with this checkout's commit, versions of packages, when, and how busy the machine was.
+    """The machine with its GPU and this checkout's commit, versions of packages, when, and how busy it was.
 
     `load`: processes that ran or waited, on average over the last minute.
     """
@@ -26,6 +26,8 @@ def facts() -> dict[str, Any]:
     seen["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1)
     seen["threads"] = torch.get_num_threads()
     seen["kernels"] = torch.backends.cpu.get_cpu_capability()
+    if torch.cuda.is_available():
+        seen["gpu"] = torch.cuda.get_device_name()
     return {
         "machine": seen,
         "versions": {name: version(name) for name in PACKAGES},

@@ -54,6 +54,8 @@ def _head(records: Sequence[Record]) -> Iterator[str]:
     flags = " ".join(machine["flags"]) or "none that matter"
     yield f"- CPU: {machine['cpu']}; {machine['cores']} cores, {machine['threads']} threads in PyTorch"
     yield f"- flags: {flags}; PyTorch's kernels: {machine['kernels']}"
+    if "gpu" in machine:
+        yield f"- GPU: {machine['gpu']}"
     yield f"- memory: {machine['memory_gib']} GiB; system: {machine['system']}"
     yield "- " + ", ".join(f"{name} {number}" for name, number in versions.items())
     yield f"- commit: {machine['commit'] or 'unknown'}"

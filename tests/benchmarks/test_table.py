@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from benchmarks import table
 from benchmarks.figures import Figure, save
@@ -54,6 +55,15 @@ def test_without_a_folder_figures_are_only_printed(tmp_path, capsys, monkeypatch
     save([figure(bound=None)], "bench_one", None)
     assert capsys.readouterr().out == "P4  theirs / ours: 4.50 x\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_is_named_where_there_is_one(tmp_path, monkeypatch):
+    save([figure()], "bench_a", tmp_path)
+    assert "GPU" not in render(read_records(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Something")
+    save([figure()], "bench_a", tmp_path)
+    assert "- GPU: NVIDIA Something" in render(read_records(tmp_path))
 
 
 def test_table_is_in_the_order_of_the_keys_and_has_everything(tmp_path):
