@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -91,35 +91,30 @@ class GroupedDepths:
 
     @staticmethod
     def can_run(forward: Forward) -> bool:
-        """Whether layers are grouped and share attention, and nobody asks for gradients."""
-        backbone = forward.backbone
-        is_grouped = isinstance(backbone.layers, GroupedLayers) and backbone.layers_share_attention
-        return is_grouped and not torch.is_grad_enabled()
+        """Whether layers are grouped and share attention."""
+        return isinstance(forward.backbone.layers, GroupedLayers) and forward.backbone.layers_share_attention
 
     @property
     def distinct_layers(self) -> int:
         """Routed layers that have run, summed over depths. Waits for the device."""
-        self._read_choices()
-        return sum(len(layers - {depth}) for depth, layers in enumerate(self._chosen_by_depth()))
+        chosen: list[set[int]] = [set() for _ in range(self._num_layers)]
+        for number, row in enumerate(self._forward.rows):
+            for depth in row.adapter.gates:
+                chosen[depth].update(self._decided.layers[depth, number, : top_k(row.adapter)].tolist())
+        return sum(len(layers - {depth}) for depth, layers in enumerate(chosen))
 
     @property
     def routes(self) -> list[Route]:
         """The route of each row, once all depths have run. Waits for the device."""
-        self._read_choices()
-        return self._choices.routes
+        return self._decided.routes
 
-    def _read_choices(self) -> None:
-        shape = self._choices.layers.shape
-        self._choices.layers[:] = self._layers[:, :-1].view(shape).cpu().numpy()
-        self._choices.shares[:] = self._shares.view(shape).cpu().numpy()
-
-    def _chosen_by_depth(self) -> list[set[int]]:
-        chosen: list[set[int]] = [set() for _ in range(self._num_layers)]
-        for number, row in enumerate(self._forward.rows):
-            for depth in row.adapter.gates:
-                layers = self._choices.layers[depth, number, : top_k(row.adapter)]
-                chosen[depth].update(layers.tolist())
-        return chosen
+    @cached_property
+    def _decided(self) -> ChoiceTable:
+        """The choices on the host, once all depths have run."""
+        table, shape = self._choices, self._choices.layers.shape
+        table.layers[:] = self._layers[:, :-1].view(shape).cpu().numpy()
+        table.shares[:] = self._shares.view(shape).cpu().numpy()
+        return table
 
     def run(self, hidden: Tensor, first: int, count: int) -> Tensor:
         """Run `count` depths from `first` on, whose input is [n, d]; returns the output of the last."""
