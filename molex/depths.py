@@ -7,6 +7,7 @@ from functools import cache, partial
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,8 +89,8 @@ class MixtureTable:
         Raises InputError for a gate that is not of such a base: the kernels read what the addresses promise.
         """
         self.fits = num_layers, width
-        self.gates = torch.zeros(num_layers, 2, dtype=torch.int64)
-        self.weights = torch.tensor([1.0, 0.0]).repeat(num_layers, 1)
+        gates = np.zeros((num_layers, 2), dtype=np.int64)
+        weights = np.tile(np.array([1, 0], dtype=np.float32), (num_layers, 1))
         for depth, gate in adapter.gates.items():
             assert isinstance(gate, LinearGate)
             if (
@@ -98,9 +99,10 @@ class MixtureTable:
                 or len(gate.bias) != num_layers
             ):
                 raise InputError(f"the gate of depth {depth} does not fit the base model")
-            self.gates[depth] = torch.tensor([gate.weight.data_ptr(), gate.bias.data_ptr()])
+            gates[depth] = gate.weight.data_ptr(), gate.bias.data_ptr()
         if adapter.gates:
-            self.weights[sorted(adapter.gates)] = adapter.mixing_pairs().detach().float()
+            weights[sorted(adapter.gates)] = adapter.mixing_pairs().detach().float()
+        self.gates, self.weights = torch.from_numpy(gates), torch.from_numpy(weights)
 
 
 _tables: WeakKeyDictionary[Adapter, MixtureTable] = WeakKeyDictionary()

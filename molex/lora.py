@@ -189,11 +189,16 @@ class BatchLora:
 
     def __init__(self, adapters: Sequence[LoraWeights]) -> None:
         self.adapters = adapters
-        self.updates: dict[Site, dict[int, LowRank]] = {}
-        for member, adapter in enumerate(adapters):
-            for site, update in adapter.updates.items():
-                self.updates.setdefault(site, {})[member] = update
         self._stacks: dict[Site, Stack] = {}
+
+    @cached_property
+    def updates(self) -> dict[Site, dict[int, LowRank]]:
+        """Made where they are asked for, which the kernels do not: they read tables of their own."""
+        updates: dict[Site, dict[int, LowRank]] = {}
+        for member, adapter in enumerate(self.adapters):
+            for site, update in adapter.updates.items():
+                updates.setdefault(site, {})[member] = update
+        return updates
 
     def read(self, stacks: Mapping[Site, Stack]) -> None:
         """Use stacks that are there already."""

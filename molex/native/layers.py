@@ -55,18 +55,33 @@ class FactorTable:
         Raises InputError for factors that do not fit them: the kernels read what the addresses promise.
         """
         places = {name: place for place, name in enumerate(modules)}
-        fields = np.zeros((num_layers * len(places), FACTOR_FIELDS), dtype=np.int64)
         self._kept: list[Tensor] = []
+        sites, rows = [], []
         for (layer, module), update in lora.updates.items():
-            shapes = (update.a.shape[1], update.b.shape[0]), (len(update.a), update.b.shape[1])
-            if layer >= num_layers or modules.get(module) != shapes[0] or len(set(shapes[1])) > 1:
+            a, b = update.a, update.b
+            (rank, inputs), (outputs, ranks) = a.shape, b.shape
+            if layer >= num_layers or modules.get(module) != (inputs, outputs) or rank != ranks:
                 raise InputError(f"the factors of {module} in layer {layer} do not fit the base model")
-            a, b = update.a.detach().float().contiguous(), update.b.detach().float().T.contiguous()
+            a, b = _row_by_row(a), _row_by_row(b.T)
             self._kept += [a, b]
-            scaling = np.float64(update.scaling).view(np.int64)
-            site = layer * len(places) + places[module]
-            fields[site] = a.data_ptr(), b.data_ptr(), len(a), b.shape[1], scaling
+            sites.append(layer * len(places) + places[module])
+            rows.append((a.data_ptr(), b.data_ptr(), rank, outputs, _bits(update.scaling)))
+        fields = np.zeros((num_layers * len(places), FACTOR_FIELDS), dtype=np.int64)
+        if rows:
+            fields[sites] = rows
         self.fields = torch.from_numpy(fields)
+
+
+def _row_by_row(factor: Tensor) -> Tensor:
+    """A factor in float32 and contiguous: itself, where that is how it lies."""
+    if factor.dtype == torch.float32 and factor.is_contiguous() and not factor.requires_grad:
+        return factor
+    return factor.detach().float().contiguous()
+
+
+def _bits(number: float) -> int:
+    """The bits of a number in double precision, in the place of an integer."""
+    return int(np.float64(number).view(np.int64))
 
 
 class NativeLayers:
