@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 
 OMP_PAUSE_SOFT = 1
 
@@ -15,10 +16,15 @@ def release_helpers() -> bool:
     sleep and have to be woken, which made passes over single requests 2.2 times as slow. A thread that has
     computed and will not do so again soon therefore lets its helpers go; they come back when it needs them.
     """
+    library = _openmp()
+    return library is not None and bool(library.omp_pause_resource_all(OMP_PAUSE_SOFT) == 0)
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """GNU's library, where it is there and recent enough."""
     try:
         library = ctypes.CDLL("libgomp.so.1")
     except OSError:
-        return False
-    if not hasattr(library, "omp_pause_resource_all"):
-        return False
-    return bool(library.omp_pause_resource_all(OMP_PAUSE_SOFT) == 0)
+        return None
+    return library if hasattr(library, "omp_pause_resource_all") else None
