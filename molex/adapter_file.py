@@ -11,11 +11,12 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -77,14 +78,11 @@ def parse_adapter(
     spec: BaseSpec,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    *,
-    validated: bool = False,
 ) -> Adapter:
     """Make an adapter for a base model of the files of a folder; touches no model.
 
-    The adapter is kept in `dtype`, the base model's, but in no less than float32. `validated`: files of the
-    same digest were parsed before for this base and precision, so that the values need no second look.
-    Raises AdapterError, which names the tensor, field or file at fault.
+    The adapter is kept in `dtype`, the base model's, but in no less than float32. Raises AdapterError, which
+    names the tensor, field or file at fault.
     """
     config = parse_config(files.config, spec.num_layers)
     try:
@@ -92,33 +90,36 @@ def parse_adapter(
     except (SafetensorError, ValueError, KeyError) as error:
         raise AdapterError(WEIGHTS_NAME, f"not a safetensors file ({error})") from error
     kept = torch.promote_types(dtype, torch.float32)
-    if not validated:
-        _check_names_and_shapes(config, spec, tensors)
-        _check_dtypes(tensors)
+    _check_names_and_shapes(config, spec, tensors)
+    _check_dtypes(tensors)
     converted = {name: tensor.to(kept) for name, tensor in tensors.items()}
-    if not validated:
-        _check_values(converted)
+    _check_values(converted)
     moved = {name: _laid_out(name, tensor.to(device)) for name, tensor in converted.items()}
     return assemble(config, spec, moved, digest=files.digest)
 
 
+def is_up_factor(name: str) -> bool:
+    """Whether a tensor is B [out, r] of a low-rank update.
+
+    Adapters have it column by column, in which order the kernels read it without a copy.
+    """
+    return name.endswith(".lora_B.weight")
+
+
 def _laid_out(name: str, tensor: Tensor) -> Tensor:
-    """B [out, r] of a low-rank update column by column, in which order the kernels read it without a copy."""
-    return tensor.T.contiguous().T if name.endswith(".lora_B.weight") else tensor
+    return tensor.T.contiguous().T if is_up_factor(name) else tensor
 
 
-def _read(folder: Path, name: str, most: int) -> bytes:
+@contextmanager
+def opened(folder: Path, name: str) -> Iterator[tuple[FileIO, int]]:
+    """A file of an adapter folder, to be read, and its size. Raises AdapterError where it cannot be read."""
     try:
         # Without O_NONBLOCK a pipe in the place of a file would be waited for, without end.
-        with os.fdopen(os.open(folder / name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        with FileIO(os.open(folder / name, os.O_RDONLY | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise AdapterError(name, "is not a file")
-            if status.st_size > most:
-                raise AdapterError(name, f"has {status.st_size} bytes; no more than {most} are read")
-            if name == WEIGHTS_NAME:
-                _check_size(file, status.st_size)
-            return file.read(status.st_size)
+            yield file, status.st_size
     except OSError as error:
         hint = ""
         if name == WEIGHTS_NAME and (folder / "adapter_model.bin").exists():
@@ -126,7 +127,16 @@ def _read(folder: Path, name: str, most: int) -> bytes:
         raise AdapterError(name, f"cannot be read ({error.strerror}){hint}") from error
 
 
-def _check_size(file: BinaryIO, size: int) -> None:
+def _read(folder: Path, name: str, most: int) -> bytes:
+    with opened(folder, name) as (file, size):
+        if size > most:
+            raise AdapterError(name, f"has {size} bytes; no more than {most} are read")
+        if name == WEIGHTS_NAME:
+            _check_size(file, size)
+        return file.read(size)
+
+
+def _check_size(file: FileIO, size: int) -> None:
     """Refuse weights whose header says that they are of another size: a hole of gigabytes is not read."""
     try:
         (length,) = struct.unpack("<Q", file.read(8))

@@ -8,10 +8,12 @@ from collections.abc import Callable, Collection, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import RLock
+from weakref import WeakKeyDictionary
 
 from molex.adapter import Adapter
 from molex.adapter_file import CONFIG_NAME
 from molex.errors import AdapterError
+from molex.imprint import Imprint
 from molex.lora import LoraWeights
 from molex.model import MolexModel
 from server.errors import ErrorKind, ServiceError, adapter_not_found
@@ -45,6 +47,8 @@ class AdapterStore:
         self._references: dict[str, dict[str, ServedAdapter]] = {}
         """All versions of each adapter, by number and alias."""
         self._pinned: dict[str, ServedAdapter] = {}
+        self._imprints: WeakKeyDictionary[ServedAdapter, Imprint] = WeakKeyDictionary()
+        """Of files that were read in this process, so that they are read again with less work."""
         self._residents: Residents[ServedAdapter] = Residents(
             settings.max_resident_adapters, settings.max_resident_bytes
         )
@@ -118,7 +122,7 @@ class AdapterStore:
         """
         try:
             self.check_name(name, base)
-            fitting, adapter = self.sources.read(folder, base)
+            fitting, adapter, imprint = self.sources.read(folder, base)
             served = ServedAdapter(
                 name=name,
                 base=fitting,
@@ -130,6 +134,7 @@ class AdapterStore:
                 nbytes=adapter.nbytes,
                 pinned=pinned,
             )
+            self.remember(served, imprint)
             created = self._swap_in(served, adapter, evict=evict)
         except ServiceError as error:
             self.count_refusal(name, base, error)
@@ -168,6 +173,11 @@ class AdapterStore:
                 self._residents.add(served, adapter)
         self._count_evictions(evicted or [])
         return evicted is not None
+
+    def remember(self, served: ServedAdapter, imprint: Imprint | None) -> None:
+        """Keep what tells the files of an adapter when they are read again."""
+        if imprint is not None:
+            self._imprints[served] = imprint
 
     def remove(self, name: str) -> ServedAdapter:
         """Stop serving all versions of a name; requests in flight finish. Raises ServiceError (404)."""
@@ -216,11 +226,13 @@ class AdapterStore:
     def read(self, served: ServedAdapter) -> Adapter:
         """Read the folder of an adapter. Blocks. Raises ServiceError (409), as `read_again` does."""
         try:
-            return self.sources.read_again(
-                served.folder, served.base, served.digest, validated=served.validated
+            _, adapter, imprint = self.sources.read_again(
+                served.folder, served.base, served.digest, self._imprints.get(served)
             )
         except AdapterError as error:
             raise _unavailable(served, error) from error
+        self.remember(served, imprint)
+        return adapter
 
     def read_again(self, served: ServedAdapter) -> Adapter:
         """Read the folder of an adapter that was evicted. Blocks; to be called on a pool thread.

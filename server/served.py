@@ -29,8 +29,6 @@ class ServedAdapter:
     """Its number in the catalogue; 0 for what is read in place and not in there."""
     pinned: bool = False
     """Whether it stays in memory once it is there."""
-    validated: bool = True
-    """Whether its values were checked in this process, so that the same bytes need no second look."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Seconds since the epoch."""
 

@@ -8,13 +8,23 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from molex.adapter import Adapter
 from molex.adapter_file import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles, parse_adapter, read_files
 from molex.errors import AdapterError
+from molex.imprint import Imprint
 from molex.model import MolexModel
 from server.errors import ErrorKind, ServiceError
+
+
+class Fitted(NamedTuple):
+    """The adapter in some files, the base that it fits, and what tells the files when they are read again."""
+
+    base: str
+    adapter: Adapter
+    imprint: Imprint | None
 
 
 class Sources:
@@ -51,7 +61,7 @@ class Sources:
             raise ServiceError(ErrorKind.NO_SOURCE, message, param="source")
         return parts[0]
 
-    def read(self, folder: Path, base: str | None) -> tuple[str, Adapter]:
+    def read(self, folder: Path, base: str | None) -> Fitted:
         """The adapter in a folder and the base that it fits; `base` is the only one to try, if it is given.
 
         Raises ServiceError naming the tensor, field or file at fault.
@@ -74,7 +84,7 @@ class Sources:
         finally:
             os.close(descriptor)
 
-    def fit(self, files: AdapterFiles, base: str | None) -> tuple[str, Adapter]:
+    def fit(self, files: AdapterFiles, base: str | None) -> Fitted:
         """The adapter in some files and the base that it fits, as in `read`."""
         fits: dict[str, Adapter] = {}
         problems: dict[str, AdapterError] = {}
@@ -85,7 +95,8 @@ class Sources:
             except AdapterError as error:
                 problems[name] = error
         if len(fits) == 1:
-            return fits.popitem()
+            [(name, adapter)] = fits.items()
+            return Fitted(name, adapter, Imprint.of(files, adapter))
         if len(problems) == 1 and not fits:
             [problem] = problems.values()
             raise ServiceError(ErrorKind.BAD_ADAPTER, str(problem), param=problem.subject)
@@ -95,17 +106,19 @@ class Sources:
         reasons = "; ".join(f"{name}: {error}" for name, error in problems.items())
         raise ServiceError(ErrorKind.BAD_ADAPTER, f"the adapter fits no base ({reasons})")
 
-    def read_again(self, folder: Path, base: str, digest: str, *, validated: bool) -> Adapter:
-        """The adapter in a folder that is known already.
+    def read_again(self, folder: Path, base: str, digest: str, imprint: Imprint | None) -> Fitted:
+        """The adapter in a folder that is known already, by its imprint if there is one.
 
-        `validated`: this process has checked its values. Raises AdapterError where the files cannot be read
-        or have another digest by now.
+        Raises AdapterError where the files cannot be read or have another digest by now.
         """
         model = self._models[base]
+        if imprint is not None:
+            return Fitted(base, imprint.read(folder, model.spec, model.dtype, model.device), imprint)
         files = read_files(folder)
         if files.digest != digest:
             raise AdapterError("digest", "the files have changed since they were loaded")
-        return parse_adapter(files, model.spec, model.dtype, model.device, validated=validated)
+        adapter = parse_adapter(files, model.spec, model.dtype, model.device)
+        return Fitted(base, adapter, Imprint.of(files, adapter))
 
     def _candidates(self, files: AdapterFiles) -> list[str]:
         """The base that the adapter's config names, if it is served; otherwise all of them."""

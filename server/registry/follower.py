@@ -96,7 +96,7 @@ class Follower:
 
     async def _read(self, record: AdapterRecord, version: Version) -> Adapter:
         """The weights of a version, from memory, the disk or its source. Raises ServiceError."""
-        served = self._registry.served(record, version, validated=False)
+        served = self._registry.served(record, version)
         if served is None:
             message = f"version {version.number} is for a base that this server has not"
             raise ServiceError(ErrorKind.ADAPTER_UNAVAILABLE, message)
@@ -115,7 +115,7 @@ class Follower:
         if record is None:
             self._registry.forget(name)
         else:
-            served = self._registry.publish(record, loaded=adapter is not None, validated=False)
+            served = self._registry.publish(record, loaded=adapter is not None)
             if served is not None and adapter is not None:
                 store.keep(served, adapter)
                 store.count_load(served)

@@ -190,7 +190,7 @@ class Loads:
     async def _load(self, request: Request, version: Version) -> None:
         registry, store = self._registry, self._engine.adapters
         files, source = await self._files(request)
-        base, adapter = await self._engine.loader.run(store.sources.fit, files, request.base)
+        base, adapter, imprint = await self._engine.loader.run(store.sources.fit, files, request.base)
         store.check_room(request.name, adapter.nbytes, pinned=request.pinned)
         await warm_up(self._engine, base, adapter, tenant_of(request.name))
         with registry.hold(files.digest):
@@ -202,6 +202,7 @@ class Loads:
                 record = await registry.catalogue.finish(request.name, version.number, source, facts)
                 served = registry.publish(record, loaded=True)
         if served is not None:
+            store.remember(served, imprint)
             store.keep(served, adapter)
             store.count_load(served)
 

@@ -67,7 +67,7 @@ class Registry:
             await asyncio.to_thread(migrate, url)
             self._own = Catalogue(url, pepper="")
         for record in await self.catalogue.all():
-            self.publish(record, validated=False)
+            self.publish(record)
         self.storage.keep_only(self._needed())
         self.storage.evictable = self._evictable
         await self._warm_memory()
@@ -177,9 +177,7 @@ class Registry:
         finally:
             change.close()  # Where this was cancelled before its turn came.
 
-    def publish(
-        self, record: AdapterRecord, *, loaded: bool = False, validated: bool = True
-    ) -> ServedAdapter | None:
+    def publish(self, record: AdapterRecord, *, loaded: bool = False) -> ServedAdapter | None:
         """Serve an adapter as the catalogue has it; returns the version that its name means, if there is one.
 
         That is the current one where its weights are `loaded` or nothing else is kept that serves: another
@@ -188,7 +186,7 @@ class Registry:
         self.records[record.name] = record
         references: dict[str, ServedAdapter] = {}
         for version in record.versions:
-            served = self.served(record, version, validated=validated)
+            served = self.served(record, version)
             if served is not None:
                 names = [alias for alias, number in record.aliases.items() if number == version.number]
                 references |= dict.fromkeys((str(version.number), *names), served)
@@ -253,7 +251,7 @@ class Registry:
             raise adapter_not_found(f"{full_name}@{reference}")
         return version.number
 
-    def served(self, record: AdapterRecord, version: Version, *, validated: bool) -> ServedAdapter | None:
+    def served(self, record: AdapterRecord, version: Version) -> ServedAdapter | None:
         """A ready version as requests find it; None on a base that this server has not."""
         facts = version.facts
         if facts is None or facts.base not in self.engine.bases:
@@ -279,7 +277,6 @@ class Registry:
             nbytes=facts.size,
             version=version.number,
             pinned=pinned,
-            validated=validated,
             created=version.created,
         )
 

@@ -246,6 +246,20 @@ def test_other_weights_are_never_served_under_an_old_digest(make_store, root, fi
     assert bring_back(store, "mood").digest == store.get("mood").digest
 
 
+def test_files_of_several_precisions_come_back_too(make_store, root):
+    # No imprint is kept of them: they are validated anew each time.
+    file = "adapter_model.safetensors"
+    weights = root / "mood" / file
+    tensors = load_file(weights)
+    first = next(iter(tensors))
+    save_file(tensors | {first: tensors[first].half()}, weights)
+    store = evicted(make_store, root, "mood")
+    assert bring_back(store, "mood").digest == store.get("mood").digest
+    store.load("rank2", root / "rank2")
+    weights.write_bytes((root / "topic" / file).read_bytes())
+    assert refusal(bring_back, store, "mood").kind is ErrorKind.ADAPTER_UNAVAILABLE
+
+
 def test_a_folder_that_is_gone_is_said_to_be_gone(make_store, root):
     store = evicted(make_store, root, "mood")
     shutil.rmtree(root / "mood")
