@@ -26,8 +26,9 @@ class PackedLinear:
 
     `weights` [tiles, padded inputs, TILE] holds the inputs of a column two by two in bfloat16 and four by
     four in 8 bits. In 4 bits it is [tiles, padded inputs / 2, TILE], with four bytes of a column together,
-    whose low halves are the first four of eight inputs. `bias` is [tiles · TILE]; `scales`, [tiles · TILE] in
-    8 bits and [tiles, groups, TILE] in 4, is what the weights of a column are multiplied by, else empty.
+    whose low halves are the first four of eight inputs, each with its sign. `bias` is [tiles · TILE];
+    `scales`, [tiles · TILE] in float32 for 8 bits and [tiles, groups, TILE] in bfloat16 for 4, is what the
+    weights of a column are multiplied by, else empty.
 
     A line of `pieces` [n, 6] says of some columns of a tile: the tile, the layer (its place among the modules
     of a block), the first column in the tile, in the layer's output, how many, and the first column in the
@@ -87,7 +88,7 @@ def pack(
     if bits is None:
         ordered, scales = _ordered(weight), torch.empty(0)
     elif bits == 8:
-        rounded, scales = _rounded(weight[:, None], 127)
+        rounded, scales = _rounded(weight[:, None], 127, torch.float32)
         ordered, scales = _ordered(rounded[:, 0]), scales[:, 0]
     else:
         ordered, scales = _nibbles(weight)
@@ -112,21 +113,24 @@ def _gated_tiles(weights: Sequence[Tensor], sites: Sequence[int]) -> list[list[S
     ]
 
 
-def _rounded(weight: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-    """Weights [out, groups, in] as whole numbers up to `largest`, and the scales [out, groups]."""
+def _rounded(weight: Tensor, largest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights [out, groups, in] as whole numbers up to `largest`, and the scales [out, groups] in `dtype`."""
     wide = weight.float()
-    scales = wide.abs().amax(-1) / largest
-    steps = torch.where(scales > 0, scales, 1.0)[..., None]
-    return (wide / steps).round().to(torch.int8), scales
+    scales = (wide.abs().amax(-1) / largest).to(dtype)
+    steps = torch.where(scales > 0, scales.float(), 1.0)[..., None]
+    return (wide / steps).round().clamp(-largest, largest).to(torch.int8), scales
 
 
 def _nibbles(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [out, in] in 4 bits [tiles, in / 2, TILE], and the scales [tiles, groups, TILE]."""
+    """Weights [out, in] in 4 bits [tiles, in / 2, TILE], and the scales [tiles, groups, TILE].
+
+    Weights are multiples of the scales as these are after rounding, so bfloat16 costs them next to nothing.
+    """
     outputs, inputs = weight.shape
     groups = -(-inputs // GROUP)
     padded = nn.functional.pad(weight, (0, groups * GROUP - inputs)).view(outputs, groups, GROUP)
-    rounded, scales = _rounded(padded, 7)
-    halves = (rounded + 8).to(torch.uint8).view(outputs, -1)[:, :inputs].view(-1, TILE, inputs // 8, 2, 4)
+    rounded, scales = _rounded(padded, 7, torch.bfloat16)
+    halves = (rounded & 15).to(torch.uint8).view(outputs, -1)[:, :inputs].view(-1, TILE, inputs // 8, 2, 4)
     packed = halves[..., 0, :] | halves[..., 1, :] << 4
     ordered = packed.transpose(1, 2).reshape(-1, inputs // 2, TILE).contiguous()
     return ordered, scales.view(-1, TILE, groups).transpose(1, 2).contiguous()

@@ -42,8 +42,8 @@ struct Linear {
   Linear() = default;
   // `weights` [tiles, padded inputs, kTile] in the order that the kernels read, in bfloat16 two and in 8 bits
   // four inputs next to each other, in 4 bits [tiles, padded inputs / 2, kTile] as in nibbles.h; `bias`
-  // [tiles · kTile]; `scales` [tiles · kTile] in 8 bits, [tiles, groups, kTile] in 4, else empty; `pieces` [n, 6]:
-  // the tile, then a Piece.
+  // [tiles · kTile]; `scales` [tiles · kTile] in float32 for 8 bits, [tiles, groups, kTile] in bfloat16 for 4, else
+  // empty; `pieces` [n, 6]: the tile, then a Piece.
   Linear(at::Tensor weights, at::Tensor bias, at::Tensor scales, const at::Tensor& pieces, int64_t inputs);
 
   int64_t tiles() const { return weights.size(0); }
@@ -65,7 +65,8 @@ struct Linear {
 
   NibbleTile nibbles(int64_t tile) const {
     const int64_t inputs = stride(), groups = scales.size(1);
-    return {inputs, at<uint8_t>() + tile * inputs / 2 * kTile, scale_values + tile * groups * kTile,
+    return {inputs, at<uint8_t>() + tile * inputs / 2 * kTile,
+            static_cast<const at::BFloat16*>(scale_values) + tile * groups * kTile,
             static_cast<const float*>(sum_values) + tile * kTile};
   }
 
@@ -77,8 +78,8 @@ struct Linear {
   at::Tensor weights, bias, scales;
   at::Tensor sums;  // of the weights of each column [tiles · kTile], in 8 bits without its scale
   // Where they lie: a tensor looks whether it has data each time it is asked.
-  const void *weight_values = nullptr, *sum_values = nullptr;
-  const float *bias_values = nullptr, *scale_values = nullptr;
+  const void *weight_values = nullptr, *scale_values = nullptr, *sum_values = nullptr;
+  const float* bias_values = nullptr;
   std::vector<Pieces> pieces;  // of each tile
   std::vector<int64_t> sites;
   int64_t inputs = 0;
@@ -92,7 +93,7 @@ inline Linear::Linear(
   if (weights.scalar_type() == at::kByte) sums = nibble_sums(weights, scales);
   weight_values = weights.const_data_ptr();
   bias_values = bias.const_data_ptr<float>();
-  scale_values = scales.const_data_ptr<float>();
+  scale_values = scales.const_data_ptr();
   if (sums.defined()) sum_values = sums.const_data_ptr();
   pieces.resize(tiles());
   auto given = pieces_.accessor<int64_t, 2>();
@@ -164,7 +165,7 @@ void byte_product(const Linear& linear, const Operand<T>& x, int64_t rows, int64
                                 true);
   }
   const int32_t* column = static_cast<const int32_t*>(linear.sum_values) + tile * kTile;
-  const float* scale = linear.scale_values + tile * kTile;
+  const float* scale = static_cast<const float*>(linear.scale_values) + tile * kTile;
   for (int64_t r = 0; r < rows; ++r) {
     // Where a byte stands for 0 it is not 0: what that adds to a column is taken off again.
     const auto [row_scale, zero] = x.roundings[r];

@@ -96,6 +96,8 @@ def round_weights(blocks, bits):
             weight, _ = weight_and_bias(module.base)
             groups = weight.float().split(weight.shape[1] if bits == 8 else GROUP, dim=1)
             steps = [group.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1) for group in groups]
+            if bits == 4:
+                steps = [step.bfloat16().float() for step in steps]
             rounded = [(group / step).round() * step for group, step in zip(groups, steps, strict=True)]
             weight.copy_(torch.cat(rounded, dim=1))
 
