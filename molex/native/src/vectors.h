@@ -16,9 +16,8 @@ constexpr int64_t kVector = 16;
 inline Vector widened(const float* x) { return *reinterpret_cast<const Vector*>(x); }
 
 inline Vector widened(const at::BFloat16* x) {
-  typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
-  typedef uint32_t Words __attribute__((vector_size(64)));
-  return std::bit_cast<Vector>(__builtin_convertvector(*reinterpret_cast<const Halves*>(x), Words) << 16);
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return std::bit_cast<Vector>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
 inline float sum_of(Vector x) { return _mm512_reduce_add_ps(std::bit_cast<__m512>(x)); }
