@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from benchmarks.common import DTYPES, Contestant, mixing_everywhere
-from benchmarks.peers import PeerError, free_port, peer_python, running, tail
+from benchmarks.peers import answering, free_port, peer_python, running
 from molex import MolexModel, read_adapter, write_adapter
 from molex.adapter import assemble, new_adapter
 
@@ -183,27 +182,10 @@ def llama_contestants(
     """One contestant for each workload, all on one model in `f32`, `f16` or `bf16`. Raises PeerError."""
     program = str(Path(__file__).with_name("llama_peer.py"))
     command = [str(peer_python("llama")), program, *map(str, (base, adapters, scratch)), weights]
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-        ) as process,
-    ):
-        _answer(process, log)
-        yield [partial(_ask_llama, process, load, log) for load in loads]
-        # Leaving the block closes its input, and it ends.
+    with answering(command, log) as ask:
+        yield [partial(_ask_llama, ask, load) for load in loads]
 
 
-def _ask_llama(process: subprocess.Popen[str], load: Workload, log: Path) -> None:
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(asdict(load)) + "\n")
-    process.stdin.flush()
-    for generated in json.loads(_answer(process, log)):
+def _ask_llama(ask: Callable[[str], str], load: Workload) -> None:
+    for generated in json.loads(ask(json.dumps(asdict(load)))):
         check_count("llama", len(generated), load.tokens)
-
-
-def _answer(process: subprocess.Popen[str], log: Path) -> str:
-    assert process.stdout is not None
-    if not (line := process.stdout.readline()):
-        raise PeerError(f"llama.cpp ended:\n{tail(log)}")
-    return line

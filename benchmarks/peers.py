@@ -4,6 +4,8 @@ port = free_port()
 command = [str(peer_python("vllm")), "-m", "vllm.entrypoints.openai.api_server", "--port", str(port), …]
 with running(command, f"http://127.0.0.1:{port}", "/health", 300, Path("vllm.log")) as url:
     …
+
+Or, without HTTP, how a program is run that answers lines.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -83,6 +85,43 @@ def running(
             yield url
         finally:
             _stop(process)
+
+
+@contextmanager
+def answering(command: Sequence[str], log: Path) -> Iterator[Callable[[str], str]]:
+    """Run a program until the block ends, and wait for its first line, which says that it is ready.
+
+    Yields what sends it a line and returns its answer, a line too. It runs where this project is; what it
+    prints as errors goes to the file `log`. Raises PeerError with the end of that where it ends too early.
+    """
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=PEERS.parent,
+        ) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        asked, answers = process.stdin, process.stdout
+
+        def answer() -> str:
+            if not (line := answers.readline()):
+                raise PeerError(f"{command[0]} ended:\n{tail(log)}")
+            return line
+
+        def ask(line: str) -> str:
+            asked.write(line + "\n")
+            asked.flush()
+            return answer()
+
+        answer()
+        yield ask
+        # Leaving the block closes its input, and it ends.
 
 
 @contextmanager
