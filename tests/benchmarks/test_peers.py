@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from benchmarks import peers
-from benchmarks.peers import PeerError, free_port, peer_python, running
+from benchmarks.peers import PeerError, answering, free_port, peer_python, running
 from scripts import install_peers
 
 
@@ -117,6 +117,24 @@ def test_a_server_that_does_not_become_ready(server, tmp_path):
     ):
         pass
     assert_stopped(url)
+
+
+def test_a_program_answers_line_by_line(tmp_path):
+    program = "print('ready', flush=True)\nfor line in iter(input, 'end'): print(line.upper(), flush=True)"
+    with answering([sys.executable, "-c", program], tmp_path / "log") as ask:
+        assert ask("one") == "ONE\n"
+        assert ask("two") == "TWO\n"
+        with pytest.raises(PeerError, match="ended"):
+            ask("end")
+
+
+def test_a_program_that_ends_before_it_is_ready(tmp_path):
+    program = "raise SystemExit('there is no model')"
+    with (
+        pytest.raises(PeerError, match="there is no model"),
+        answering([sys.executable, "-c", program], tmp_path / "log"),
+    ):
+        pass
 
 
 def test_a_peer_that_is_not_there(tmp_path, monkeypatch):
