@@ -76,7 +76,27 @@ class Layers(Protocol):
         """The numbers of rows up to `max_rows` that kernels are compiled for, one by one at first use."""
 
 
-class StockLayers:
+class InPyTorch:
+    """What lies between the halves of layers and behind them, on PyTorch's operations: a part of `Layers`."""
+
+    def attend(
+        self, heads: Tensor, packed: Packed, kv: KVStreams | None, options: AttentionOptions, rows: Indices
+    ) -> Tensor:
+        return attend(heads, packed, kv, options, rows)
+
+    def gate_logits(
+        self, gates: Sequence[Gate], lengths: Sequence[Sequence[int]], hidden: Tensor, tokens: Tensor
+    ) -> Tensor:
+        return gate_logits(gates, lengths, hidden, tokens)
+
+    def elect(self, ballots: Ballots, vote: VoteConfig, top_k: int) -> Election:
+        return elect(ballots, vote, top_k)
+
+    def mix(self, layout: Packed, plan: RoutePlan, outputs: Sequence[Tensor]) -> Tensor:
+        return mix(layout, plan, outputs)
+
+
+class StockLayers(InPyTorch):
     """The T blocks of a transformers model, whose linear layers add the low-rank updates of the batch.
 
     `routed` are those of the routed branch, where they have a precision of their own. `modules` gives the
@@ -137,22 +157,6 @@ class StockLayers:
             self.switch.call(lora, self._family.finish, self.blocks[number], x.to(dtype), piece.to(dtype))
             for number, x, piece, lora, dtype in calls
         ]
-
-    def attend(
-        self, heads: Tensor, packed: Packed, kv: KVStreams | None, options: AttentionOptions, rows: Indices
-    ) -> Tensor:
-        return attend(heads, packed, kv, options, rows)
-
-    def gate_logits(
-        self, gates: Sequence[Gate], lengths: Sequence[Sequence[int]], hidden: Tensor, tokens: Tensor
-    ) -> Tensor:
-        return gate_logits(gates, lengths, hidden, tokens)
-
-    def elect(self, ballots: Ballots, vote: VoteConfig, top_k: int) -> Election:
-        return elect(ballots, vote, top_k)
-
-    def mix(self, layout: Packed, plan: RoutePlan, outputs: Sequence[Tensor]) -> Tensor:
-        return mix(layout, plan, outputs)
 
     def _project(self, number: int, x: Tensor, lora: ActiveLora | None) -> Tensor:
         x = x.to(self.dtypes[number])

@@ -196,8 +196,8 @@ class Settings(CatalogueSettings):
         67_108_864,
         ge=0,
         le=2**50,
-        description="Memory for low-rank factors side by side, per base, where PyTorch runs the layers; all "
-        "of it is taken when the first adapter runs. The kernels need none.",
+        description="Memory for low-rank factors side by side, per base, where PyTorch's modules run the "
+        "layers; all of it is taken when the first adapter runs. The kernels and a GPU in bf16 need none.",
     )
     pool_threads: int = Field(
         4, ge=1, le=256, description="Threads that tokenize, and as many that read adapters."

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from molex import BARE, Row
 from molex.kv_cache import pages_for
+from molex.reference import Reference
 from tests.tiny import LAYERS, molex_config, random_adapter, random_ids
 
 ROOM = 70
@@ -28,6 +31,15 @@ def mixed_rows(model, lengths):
         Row(random_ids(n, seed=i), adapters[i % len(adapters)], voters=(n + 1) // 2 if i % 3 == 0 else None)
         for i, n in enumerate(lengths)
     ]
+
+
+def together_and_alone(model, lengths):
+    """The route and the logits of each row, among the others and by itself."""
+    rows = mixed_rows(model, lengths)
+    together = model.run(rows)
+    for row, route, logits in zip(rows, together.routes, together.logits, strict=True):
+        alone = model.run([row])
+        yield (route, logits), (alone.routes[0], alone.logits[0])
 
 
 def generators(model):
@@ -70,3 +82,15 @@ class Generations:
 
 def relative_error(given, expected):
     return float((given.float() - expected.float()).norm() / expected.float().norm())
+
+
+def assert_steps_equal_the_full_forward(model, folder):
+    reference, adapters = Reference(folder), generators(model)
+    running = Generations(model, adapters, [3, 15, 1, 31, 13])
+    for step in range(5):
+        running.grow(step)
+        output = model.run(running.rows(), running.cache)
+        for i, (text, adapter) in enumerate(zip(running.texts, adapters, strict=True)):
+            expected, route = reference(text, adapter, voters=len(text) - step - 1)
+            assert [c.layers for c in route] == [c.layers for c in output.routes[i]]
+            torch.testing.assert_close(output.logits[i], expected[-1], atol=1e-4, rtol=1e-4)

@@ -86,7 +86,7 @@ class GroupedDecoding:
         self._depths: list[Depth] = []
         self._places: dict[bytes, Places] = {}
         self._factors: Factors = ()
-        self._replay = Replay(self._run, layers.device)
+        self._replay = Replay(layers.device)
 
     def add_depth(
         self, stage: Stage, numbers: Sequence[int], pages: Indices, cache: DepthCache, plan: RoutePlan
@@ -108,7 +108,7 @@ class GroupedDecoding:
 
         `rotary` is (cos, sin) [n, head_dim] for families that rotate queries and keys.
         """
-        return self._replay(hidden, past, *(rotary or ()))
+        return self._replay(self._run, hidden, past, *(rotary or ()))
 
     def _run(self, hidden: Tensor, past: Tensor, *rotary: Tensor) -> Tensor:
         at = {id(places): self._at(places, past, rotary) for places in self._places.values()}

@@ -10,26 +10,21 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from molex import mixing, votes
-from molex.attention import AttentionOptions, KVStreams, attend
-from molex.config import VoteConfig
 from molex.family import Family
-from molex.gate import Gate, gate_logits
 from molex.grouped.low_rank import ALIGNMENT, BatchFactors, PartFactors
 from molex.grouped.rows import LayerRows, Segments
 from molex.grouped.weights import StackedLinear, StackedNorm
-from molex.layers import StockLayers
+from molex.layers import InPyTorch, StockLayers
 from molex.lora import BatchLora, LoraWeights
-from molex.packing import Indices, Packed
+from molex.packing import Packed
 from molex.plan import RoutePlan
 from molex.stage import Stage
-from molex.votes import Ballots, Election
 
 Factors = Sequence[BatchFactors | None]
 """Of a batch's adapters for each part of a block; None where nobody updates it."""
 
 
-class GroupedLayers:
+class GroupedLayers(InPyTorch):
     """The layers of a base model, stacked by what they are; no gradients.
 
     Calls are of layers `numbers` [c], which may be a tensor on the device: nothing here waits for it.
@@ -132,23 +127,10 @@ class GroupedLayers:
             ]
         return self._tables[lora]
 
-    def attend(
-        self, heads: Tensor, packed: Packed, kv: KVStreams | None, options: AttentionOptions, rows: Indices
-    ) -> Tensor:
-        return attend(heads, packed, kv, options, rows)
-
-    def gate_logits(
-        self, gates: Sequence[Gate], lengths: Sequence[Sequence[int]], hidden: Tensor, tokens: Tensor
-    ) -> Tensor:
-        return gate_logits(gates, lengths, hidden, tokens)
-
-    def elect(self, ballots: Ballots, vote: VoteConfig, top_k: int) -> Election:
-        return votes.elect(ballots, vote, top_k)
-
     def mix(self, layout: Packed, plan: RoutePlan, outputs: Sequence[Tensor]) -> Tensor:
         together = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs))
         sizes = [layout.num_tokens, *(int(layout.lengths[visitors].sum()) for _, visitors, _ in plan.groups)]
-        return mixing.mix(layout, plan, together.split(sizes))
+        return super().mix(layout, plan, together.split(sizes))
 
 
 def can_group(stock: StockLayers) -> bool:

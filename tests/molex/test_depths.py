@@ -12,7 +12,7 @@ from molex import MolexModel, Row
 from molex.depths import TOKENS_PER_CALL, NativeDepths, PlannedDepths
 from molex.errors import InputError
 from molex.routing import flat_route
-from tests.batches import mixed_rows
+from tests.batches import mixed_rows, together_and_alone
 from tests.molex.native.kernels import needs_kernels, threads
 from tests.tiny import (
     DECODERS,
@@ -91,12 +91,9 @@ def encoder(base_folder):
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12))
 @torch.inference_mode()
 def test_batch_mates_change_nothing(encoder, lengths):
-    rows = mixed_rows(encoder, lengths)
-    together = encoder.run(rows)
-    for row, logits, route in zip(rows, together.logits, together.routes, strict=True):
-        alone = encoder.run([row])
-        assert alone.routes == [route]
-        torch.testing.assert_close(alone.logits[0], logits)
+    for (route, logits), (own_route, own_logits) in together_and_alone(encoder, lengths):
+        assert own_route == route
+        torch.testing.assert_close(own_logits, logits)
 
 
 @torch.inference_mode()

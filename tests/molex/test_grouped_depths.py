@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molex import BARE, MolexModel, Row
+from molex.backbone import Backbone
 from molex.grouped.layers import GroupedLayers
 from molex.grouped_depths import GroupedDepths
 from molex.reference import Reference
 from molex.routing import flat_route, sole_choice
-from tests.batches import Generations, mixed_rows, relative_error
-from tests.molex.grouped.grouping import Operations, grouped, moved, no_waiting
+from tests.batches import Generations, mixed_rows, relative_error, together_and_alone
+from tests.molex.grouped.grouping import NoWaiting, Operations, grouped, moved
 from tests.tiny import DECODERS, ENCODERS, LAYERS, molex_config, random_adapter, random_ids
 
 LENGTHS = [3, 17, 1, 8, 40, 5, 2]
@@ -49,8 +50,11 @@ def test_a_plan_of_the_host_gives_the_same(family, dtype, base_folder, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(GroupedDepths, "can_run", lambda forward: False)
         planned = model.run(rows, lm_logits="all")
+        # Where layers look back differently far, each has attention of its own.
+        patch.setattr(Backbone, "layers_share_attention", False)
+        apart = model.run(rows, lm_logits="all")
     modules = stock.run(rows, lm_logits="all")
-    for other in (planned, modules):
+    for other in (planned, apart, modules):
         assert (given.routes, given.stats) == (other.routes, other.stats)
         for one, expected in zip(given.logits, other.logits, strict=True):
             assert one.dtype == expected.dtype
@@ -67,12 +71,9 @@ def encoder(base_folder):
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12))
 @torch.inference_mode()
 def test_batch_mates_change_nothing(encoder, lengths):
-    rows = mixed_rows(encoder, lengths)
-    together = encoder.run(rows)
-    for row, logits, route in zip(rows, together.logits, together.routes, strict=True):
-        alone = encoder.run([row])
-        assert [flat_route(route)] == [flat_route(other) for other in alone.routes]
-        torch.testing.assert_close(alone.logits[0], logits, atol=1e-5, rtol=1e-5)
+    for (route, logits), (own_route, own_logits) in together_and_alone(encoder, lengths):
+        assert flat_route(own_route) == flat_route(route)
+        torch.testing.assert_close(own_logits, logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ENCODERS + DECODERS)
@@ -81,7 +82,7 @@ def test_no_depth_waits_for_the_device(family, base_folder, monkeypatch):
     """On the meta device PyTorch also checks what its grouped products want on a GPU."""
     model = grouped(base_folder(family), monkeypatch, torch.bfloat16, "meta")
     rows = [Row(row.token_ids, moved(row.adapter, model)) for row in mixed_rows(model, LENGTHS)]
-    with no_waiting():
+    with NoWaiting():
         running = model.begin(rows)
         running.advance(running.depths_left)
 
@@ -91,7 +92,7 @@ def test_a_depth_that_waits_is_found_out(base_folder, monkeypatch):
     model = grouped(base_folder("bert"), monkeypatch, torch.bfloat16, "meta")
     adapter = moved(random_adapter(model.spec, seed=1, molex=molex_config()), model)
     monkeypatch.setattr(GroupedDepths, "can_run", lambda forward: False)
-    with no_waiting():
+    with NoWaiting():
         running = model.begin([Row(random_ids(5, seed=1), adapter)])
         with pytest.raises((RuntimeError, AssertionError), match=r"meta tensor|waits for the device"):
             running.advance(running.depths_left)
@@ -129,7 +130,7 @@ def test_pytorchs_modules_stay_on_the_device_too(base_folder, monkeypatch):
     monkeypatch.setattr("molex.backbone._digest", lambda model: "sha256:none")
     model = MolexModel.from_pretrained(base_folder("roberta"), torch.float32, "meta")
     adapters = [BARE, moved(random_adapter(model.spec, seed=1), model)]
-    with no_waiting():
+    with NoWaiting():
         running = model.begin([Row(random_ids(n, seed=n), adapters[n % 2]) for n in (3, 8, 5)])
         running.advance(running.depths_left)
 

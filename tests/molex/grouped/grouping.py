@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +35,14 @@ def grouped(
 def moved(adapter: Adapter, model: MolexModel) -> Adapter:
     """The adapter on a model's device."""
     tensors = {name: tensor.to(model.device) for name, tensor in adapter.tensors.items()}
-    return replace(assemble(adapter.config, model.spec, tensors, digest=adapter.digest))
+    return assemble(adapter.config, model.spec, tensors, digest=adapter.digest)
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails where an operation has tensors of several devices, or brings one from the device to the host."""
+    """Fails where an operation has tensors of several devices, or brings one from the device to the host.
+
+    For tensors on the meta device, which has shapes alone: what depends on values fails there anyway.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -52,13 +52,6 @@ class NoWaiting(TorchDispatchMode):
         if func in COPIES and output.device.type == "cpu":
             assert devices == {"cpu"}, f"{func} waits for the device"
         return output
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """For tensors on the meta device, which has shapes alone: what depends on values fails there anyway."""
-    with NoWaiting():
-        yield
 
 
 class Operations(TorchDispatchMode):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 
 import pytest
@@ -10,10 +9,9 @@ import torch
 
 from molex.decoding import Decoding
 from molex.grouped.decoding import GroupedDecoding
-from molex.reference import Reference
 from molex.routing import Choice, sole_choice
-from tests.batches import Generations, generators, relative_error
-from tests.molex.grouped.grouping import grouped, moved, no_waiting
+from tests.batches import Generations, assert_steps_equal_the_full_forward, generators, relative_error
+from tests.molex.grouped.grouping import NoWaiting, grouped, moved
 from tests.tiny import DECODERS
 
 # Of all logits together. The two ways round in other places: in bfloat16, where a unit in the last place is
@@ -24,16 +22,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 @torch.inference_mode()
 @pytest.mark.parametrize("family", DECODERS)
 def test_steps_equal_the_full_forward(family, base_folder, monkeypatch):
-    model, reference = grouped(base_folder(family), monkeypatch), Reference(base_folder(family))
-    adapters = generators(model)
-    running = Generations(model, adapters, [3, 15, 1, 31, 13])
-    for step in range(5):
-        running.grow(step)
-        output = model.run(running.rows(), running.cache)
-        for i, (text, adapter) in enumerate(zip(running.texts, adapters, strict=True)):
-            expected, route = reference(text, adapter, voters=len(text) - step - 1)
-            assert [c.layers for c in route] == [c.layers for c in output.routes[i]]
-            torch.testing.assert_close(output.logits[i], expected[-1], atol=1e-4, rtol=1e-4)
+    assert_steps_equal_the_full_forward(grouped(base_folder(family), monkeypatch), base_folder(family))
 
 
 @torch.inference_mode()
@@ -73,8 +62,6 @@ def test_factors_outlive_their_batch_and_not_their_generations(base_folder, monk
         assert relative_error(one, other) < TOLERANCE[torch.float32]
     others.grow(0)
     model.run(others.rows(), others.cache)
-    del given, expected
-    gc.collect()
     assert factors() is None
 
 
@@ -91,7 +78,7 @@ def test_a_step_neither_waits_nor_leaves_the_device(family, base_folder, monkeyp
     running = Generations(model, adapters, [3, 15, 1, 31, 13], routes)
     running.grow(0)
     rows = running.rows()
-    with no_waiting():
+    with NoWaiting():
         output = model.run(rows, running.cache)
         assert model.run(rows, running.cache).logits[0].device.type == "meta"
     assert [len(logits) for logits in output.logits] == [model.spec.vocab_size] * 5

@@ -11,7 +11,7 @@ import torch
 from molex import BARE, MolexModel, Row
 from molex.decoding import Decoding
 from molex.reference import Reference
-from tests.batches import Generations, generators, relative_error
+from tests.batches import Generations, assert_steps_equal_the_full_forward, generators, relative_error
 from tests.molex.native.kernels import needs_kernels, threads
 from tests.molex.native.test_layers import TOLERANCE, TOLERANCE_BITS
 from tests.tiny import DECODERS, molex_config, random_adapter, random_ids, tiny_base
@@ -33,18 +33,8 @@ def packed(folder, dtype=torch.float32, **weights):
 @torch.no_grad()
 @pytest.mark.parametrize("count", [1, 2])
 def test_steps_equal_the_full_forward(folder, count):
-    model, reference = packed(folder), Reference(folder)
-    adapters = generators(model)
     with threads(count):
-        running = Generations(model, adapters, [3, 15, 1, 31, 13])
-        for step in range(5):
-            running.grow(step)
-            output = model.run(running.rows(), running.cache)
-            for i, (text, adapter) in enumerate(zip(running.texts, adapters, strict=True)):
-                voters = len(text) - step - 1
-                expected, route = reference(text, adapter, voters=voters)
-                assert [c.layers for c in route] == [c.layers for c in output.routes[i]]
-                torch.testing.assert_close(output.logits[i], expected[-1], atol=1e-4, rtol=1e-4)
+        assert_steps_equal_the_full_forward(packed(folder), folder)
 
 
 @torch.no_grad()
