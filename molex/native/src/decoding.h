@@ -44,6 +44,13 @@ struct Stream {
     return pages + ((numbers[token / page_tokens] * heads + head) * page_tokens + token % page_tokens) * dim;
   }
 
+  // Ask memory for tokens of one page that are read soon.
+  void fetch(int64_t head, int64_t first, int64_t count) const {
+    const char* begin = reinterpret_cast<const char*>(at(head, first));
+    const char* end = begin + count * dim * static_cast<int64_t>(sizeof(T));
+    for (const char* line = begin; line < end; line += kCacheLine) _mm_prefetch(line, _MM_HINT_T0);
+  }
+
   // Call use(first, count) for the tokens of each page between two of them.
   template <class Use>
   void for_each_page(int64_t begin, int64_t end, const Use& use) const {
@@ -177,12 +184,14 @@ void attend_heads(const Stream<T>& stream, int64_t kv_head, int64_t begin, int64
   float* scores = sums + kHeads * dim;
   using Page = PageAttention<T, kHeads>;
   stream.for_each_page(begin, end, [&](int64_t first, int64_t count) {
+    stream.fetch(value_head, first, count);
     Page::score(stream.at(kv_head, first), count, queries, dim, scores + first - begin, stride);
   });
   float totals[kHeads];
   for (int64_t h = 0; h < kHeads; ++h) totals[h] = softmax(scores + h * stride, stride);
   std::fill_n(sums, kHeads * dim, 0.0f);
   stream.for_each_page(begin, end, [&](int64_t first, int64_t count) {
+    if (kv_head + 1 < stream.heads / 2) stream.fetch(kv_head + 1, first, count);
     Page::add(stream.at(value_head, first), count, scores + first - begin, stride, dim, sums);
   });
   for (int64_t h = 0; h < kHeads; ++h)
