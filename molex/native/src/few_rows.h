@@ -4,14 +4,16 @@
 
 #include <immintrin.h>
 
+#include <bit>
 #include <cstdint>
 
 #include "tile.h"
+#include "vectors.h"
 
 namespace molex {
 
 // Of one product. For sixteen AMX is as fast or faster.
-constexpr int64_t kFewRows = 8;
+constexpr int64_t kFewRows = 16, kFewRowsBesideAmx = 8;
 // As many as the registers hold sums of.
 constexpr int64_t kRowsAtOnce = 6;
 
@@ -20,7 +22,8 @@ constexpr int64_t kRowsAtOnce = 6;
 // Whether as many rows are better multiplied here, and this CPU can.
 inline bool takes_dots(int64_t rows) {
   static const bool can = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-  return rows <= kFewRows && can;
+  static const int64_t few = __builtin_cpu_supports("amx-tile") ? kFewRowsBesideAmx : kFewRows;
+  return rows <= few && can;
 }
 
 // Dot products of two values in bfloat16.
@@ -36,9 +39,9 @@ struct HalfDots {
 // Dot products of four bytes, of which those of x have no sign.
 struct ByteDots {
   using Sum = int32_t;
-  using Sums = __m512i;
-  MOLEX_DOTS static Sums add(Sums sums, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sums, x, w); }
-  static void store(Sums sums, int32_t* c) { _mm512_storeu_si512(c, sums); }
+  using Sums = Integers;
+  MOLEX_DOTS static Sums add(Sums sums, __m512i w, __m512i x) { return dots(sums, x, w); }
+  static void store(Sums sums, int32_t* c) { _mm512_storeu_si512(c, std::bit_cast<__m512i>(sums)); }
 };
 
 // What is fetched from memory meanwhile: some lines from `first` on.

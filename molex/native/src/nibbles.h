@@ -54,7 +54,7 @@ __attribute__((target("avx512vnni"))) void nibble_rows(const uint8_t* x, int64_t
   for (int64_t first = 0; first < tile.inputs; first += kGroup, scales += kTile) {
     const int64_t end = std::min(first + kGroup, tile.inputs);
     for (int64_t j = 0; j < kTile; j += kCacheLine / 2) _mm_prefetch(scales + next_scales + j, _MM_HINT_T1);
-    __m512i sums[kRows][kTileVectors] = {};
+    Integers sums[kRows][kTileVectors] = {};
     for (int64_t k = first; k < end; k += kNibbleStep, w += kTile * kNibbleStep / 2) {
       for (int64_t v = 0; v < kTileVectors; ++v) _mm_prefetch(w + next + v * kCacheLine, _MM_HINT_T1);
       for (int64_t v = 0; v < kTileVectors; ++v) {
@@ -63,8 +63,8 @@ __attribute__((target("avx512vnni"))) void nibble_rows(const uint8_t* x, int64_t
         const __m512i high = _mm512_and_si512(both, high_half);
         for (int64_t r = 0; r < kRows; ++r) {
           const auto* four = reinterpret_cast<const int32_t*>(x + r * stride + k);
-          sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], _mm512_set1_epi32(four[0]), low);
-          sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], _mm512_set1_epi32(four[1]), high);
+          sums[r][v] = dots(sums[r][v], _mm512_set1_epi32(four[0]), low);
+          sums[r][v] = dots(sums[r][v], _mm512_set1_epi32(four[1]), high);
         }
       }
     }
@@ -72,7 +72,7 @@ __attribute__((target("avx512vnni"))) void nibble_rows(const uint8_t* x, int64_t
       const Vector scale = widened(scales + v * kVector);
       for (int64_t r = 0; r < kRows; ++r) {
         auto& y = *reinterpret_cast<Vector*>(c + r * kTile + v * kVector);
-        y += std::bit_cast<Vector>(_mm512_cvtepi32_ps(sums[r][v])) * scale;
+        y += std::bit_cast<Vector>(_mm512_cvtepi32_ps(std::bit_cast<__m512i>(sums[r][v]))) * scale;
       }
     }
   }

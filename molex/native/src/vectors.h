@@ -10,6 +10,8 @@
 namespace molex {
 
 typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
+// GCC keeps sums of this type in registers, and moves those of __m512i to memory and back at every step.
+typedef int32_t Integers __attribute__((vector_size(64)));
 constexpr int64_t kVector = 16;
 
 // Sixteen neighbouring values in float32.
@@ -18,6 +20,11 @@ inline Vector widened(const float* x) { return *reinterpret_cast<const Vector*>(
 inline Vector widened(const at::BFloat16* x) {
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
   return std::bit_cast<Vector>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+// sums + the dot products of four bytes, of which those of x have no sign.
+__attribute__((target("avx512vnni"))) inline Integers dots(Integers sums, __m512i x, __m512i w) {
+  return std::bit_cast<Integers>(_mm512_dpbusd_epi32(std::bit_cast<__m512i>(sums), x, w));
 }
 
 inline float sum_of(Vector x) { return _mm512_reduce_add_ps(std::bit_cast<__m512>(x)); }
