@@ -177,6 +177,9 @@ class _Logits:
 
     @cached_property
     def best(self) -> list[int]:
+        if self.values.device.type == "cpu":
+            # NumPy compares many values of float32 at a time, PyTorch one of bfloat16 after the other.
+            return self.values.float().numpy().argmax(-1).tolist()  # type: ignore[no-any-return]
         return self.values.max(-1).indices.tolist()
 
     @cached_property
