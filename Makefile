@@ -78,7 +78,7 @@ bench: models ## Measure what needs no peer, in a few minutes; writes runs/bench
 	$(BIN)/python -m benchmarks.bench_lora_classification --rounds 3 --requests 64 --adapters 32 --output $(SHORT)
 	$(BIN)/python -m benchmarks.bench_molex --rounds 3 --requests 128 --adapters 32 --output $(SHORT)
 	$(BIN)/python -m benchmarks.bench_published --rounds 3 --requests 32 --output $(SHORT)
-	$(BIN)/python -m benchmarks.bench_many_adapters --rounds 3 --seconds 5 --output $(SHORT)
+	$(BIN)/python -m benchmarks.bench_many_adapters --rounds 5 --seconds 3 --output $(SHORT)
 	$(BIN)/python -m benchmarks.bench_adapter_load --rounds 2 --block-seconds 5 --output $(SHORT)
 	$(BIN)/python -m benchmarks.bench_matrix_rate --rounds 3 --output $(SHORT)
 	$(BIN)/python -m benchmarks.bench_http_overhead --rounds 4 --output $(SHORT)

@@ -1,6 +1,6 @@
 """What many registered adapters cost: requests a second with 2,000 of them, 64 in memory, against 5.
 
-    python -m benchmarks.bench_many_adapters [--rounds 5] [--seconds 10] [--many 2000] [--resident 64]
+    python -m benchmarks.bench_many_adapters [--rounds 20] [--seconds 3] [--many 2000] [--resident 64]
 
 One `molex serve` of the demo encoder for each precision, with all adapters registered. 64 callers send single
 sentences, each the next when it has its answer. The popularity of adapters falls by Zipf's law in every arm:
@@ -109,8 +109,8 @@ def figures_of(measured: Mapping[str, Measured], few: int, resident: int, many: 
 
 
 def main() -> None:
-    parser = command_line(__doc__, rounds=5)
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of a block")
+    parser = command_line(__doc__, rounds=20)
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of a block")
     parser.add_argument("--many", type=int, default=2000)
     parser.add_argument("--resident", type=int, default=64)
     parser.add_argument("--few", type=int, default=5)
