@@ -12,7 +12,7 @@
 
 namespace molex {
 
-// Of one product. For sixteen AMX is as fast or faster.
+// The most rows of a product that is computed here. For sixteen AMX is as fast or faster.
 constexpr int64_t kFewRows = 16, kFewRowsBesideAmx = 8;
 // As many as the registers hold sums of.
 constexpr int64_t kRowsAtOnce = 6;
