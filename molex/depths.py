@@ -120,10 +120,7 @@ def _table(adapter: Adapter, num_layers: int, width: int) -> MixtureTable:
 
 
 class NativeDepths:
-    """As many depths as are wanted in one call of the kernels, votes among them.
-
-    For a `Forward` whose rows keep no keys and values, and whose gates are linear.
-    """
+    """As many depths as are wanted in one call of the kernels, votes among them, for linear gates."""
 
     balance_losses: Sequence[Tensor] = ()
 
@@ -139,6 +136,8 @@ class NativeDepths:
         self._depths = torch.classes.molex.Depths(
             self._layers.packed,
             torch.tensor([self._request(i) for i in range(count)]),
+            torch.from_numpy(forward.pages),
+            [depth.pages for depth in forward.cache.depths] if forward.cache is not None else [],
             torch.stack([table.gates for table in tables]),
             torch.stack([table.weights for table in tables]),
             torch.from_numpy(self._choices.layers),
@@ -153,7 +152,6 @@ class NativeDepths:
         return (
             isinstance(backbone.layers, NativeLayers)
             and backbone.layers_share_attention
-            and all(row.slot is None for row in forward.rows)
             and all(is_linear(gate) for adapter in forward.adapters for gate in adapter.gates.values())
         )
 
@@ -202,6 +200,7 @@ class NativeDepths:
         score = "mode" if molex is None or molex.vote.rule == "mode" else molex.vote.score
         return [
             len(row.token_ids),
+            row.start,
             int(forward.packed.members[number]),
             self._voters[number] if votes else 0,
             SCORES[score],

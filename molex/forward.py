@@ -96,7 +96,7 @@ class Forward:
         )
         self.lora = lora
         self._arrangements: dict[tuple[bytes, ...], Arrangement] = {}
-        self._pages = _page_table(self.rows)
+        self.pages = _page_table(self.rows)
 
     def _needed_tokens(self, row: Row, lm_logits: str) -> range:
         """The tokens of a request whose last hidden states someone looks at."""
@@ -197,7 +197,7 @@ class Forward:
             at = self._tensor(tokens)
             rotary = rotary[0].index_select(0, at), rotary[1].index_select(0, at)
         stage = self._stage(calls, self.packed, tokens, np.arange(len(tokens)))
-        pages = self._pages[requests, np.concatenate([call.choices for call in calls])]
+        pages = self.pages[requests, np.concatenate([call.choices for call in calls])]
         return Arrangement(tokens, packed, rotary, pages, self.backbone.num_kv_heads, stage)
 
     def _stage(

@@ -20,6 +20,14 @@ def base(request, tmp_path_factory):
     return tiny_base(request.param, tmp_path_factory.mktemp(request.param))
 
 
+@pytest.fixture(params=["PyTorch", "prepacked"])
+def model(request, base):
+    model = MolexModel.from_pretrained(base)
+    if request.param == "prepacked":
+        model.prepack()
+    return model
+
+
 def adapters(model):
     mixtures = [None, molex_config(), molex_config([0, 3], vote={"rule": "mean"}, top_k=2)]
     kinds = [
@@ -30,8 +38,8 @@ def adapters(model):
 
 
 @torch.no_grad()
-def test_decoding_equals_the_full_forward(base):
-    model, reference = MolexModel.from_pretrained(base), Reference(base)
+def test_decoding_equals_the_full_forward(model, base):
+    reference = Reference(base)
     *generating, classifier = adapters(model)
     cache = model.new_cache(sum(pages_for(40, adapter.num_streams) for adapter in generating))
     texts = [random_ids(30, seed=n) for n in range(len(generating))]
@@ -61,8 +69,7 @@ def test_decoding_equals_the_full_forward(base):
 
 @torch.no_grad()
 @pytest.mark.parametrize("length", [33, 37, 48])
-def test_a_prompt_after_kept_pages_equals_the_full_forward(base, length):
-    model = MolexModel.from_pretrained(base)
+def test_a_prompt_after_kept_pages_equals_the_full_forward(model, length):
     *generating, _ = adapters(model)
     cache = model.new_cache(40)
     prompt = random_ids(length, seed=5)
@@ -84,8 +91,7 @@ def test_a_prompt_after_kept_pages_equals_the_full_forward(base, length):
 
 
 @torch.no_grad()
-def test_a_reused_slot_forgets_its_former_request(base):
-    model = MolexModel.from_pretrained(base)
+def test_a_reused_slot_forgets_its_former_request(model):
     adapter = adapters(model)[2]
     cache = model.new_cache(pages_for(40, adapter.num_streams))
     ids = random_ids(6, seed=3)

@@ -11,8 +11,9 @@ from transformers import BertConfig, BertModel
 from molex import MolexModel, Row
 from molex.depths import TOKENS_PER_CALL, NativeDepths, PlannedDepths
 from molex.errors import InputError
+from molex.kv_cache import pages_for
 from molex.routing import flat_route
-from tests.batches import mixed_rows, together_and_alone
+from tests.batches import ROOM, generators, mixed_rows, relative_error, together_and_alone
 from tests.molex.native.kernels import needs_kernels, threads
 from tests.tiny import (
     DECODERS,
@@ -82,6 +83,67 @@ def test_decoders_agree_where_nothing_is_cached(family, dtype, lm_logits, base_f
     assert_same(*both_ways(model, rows, monkeypatch, lm_logits), ROTATION_TOLERANCE[dtype])
 
 
+def in_parts(model, adapters, parts, routes, lm_logits):
+    """The outputs of passes that each run some more tokens of every prompt, and what they have cached.
+
+    A classification rides along, which keeps nothing.
+    """
+    cache = model.new_cache(sum(pages_for(ROOM, adapter.num_streams) for adapter in adapters))
+    slots = [cache.allocate(ROOM, adapter.num_streams) for adapter in adapters]
+    texts = [random_ids(ROOM, seed=i) for i in range(len(adapters))]
+    passing = Row(random_ids(5, seed=1), random_adapter(model.spec, seed=9, molex=molex_config([1])))
+    done, outputs = [0] * len(adapters), []
+    for part in parts:
+        rows = [
+            Row(text[start : start + count], adapter, slot=slot, start=start, route=route)
+            for text, start, count, adapter, slot, route in zip(
+                texts, done, part, adapters, slots, routes, strict=True
+            )
+        ]
+        running = model.begin([*rows, passing], cache, lm_logits)
+        running.advance(running.depths_left)
+        outputs.append(running.output())
+        routes = outputs[-1].routes[:-1]
+        done = [start + count for start, count in zip(done, part, strict=True)]
+    return outputs, torch.stack([depth.pages for depth in cache.depths])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("lm_logits", ["last", "all"])
+@pytest.mark.parametrize("dtype", ROTATION_TOLERANCE, ids=str)
+@pytest.mark.parametrize("family", DECODERS)
+@torch.inference_mode()
+def test_prompts_in_parts_agree(family, dtype, lm_logits, count, base_folder, monkeypatch):
+    model = native(base_folder(family), dtype)
+    adapters = generators(model)
+    # Parts that end in a page, at its end and behind it, more keys than a tile has, and single tokens.
+    parts = [[16, 3, 65, 1, 20], [1, 40, 4, 15, 12], [50, 1, 1, 33, 37]]
+    pinned = in_parts(model, adapters, parts, [None] * len(adapters), lm_logits)[0][0].routes[:-1]
+    with threads(count):
+        given, given_cache = in_parts(model, adapters, parts, pinned, lm_logits)
+    with monkeypatch.context() as patch:
+        patch.setattr(NativeDepths, "can_run", lambda forward: False)
+        planned, planned_cache = in_parts(model, adapters, parts, pinned, lm_logits)
+    for one, other in zip(given, planned, strict=True):
+        assert_same(one, other, ROTATION_TOLERANCE[dtype])
+    assert relative_error(given_cache, planned_cache) <= ROTATION_TOLERANCE[dtype]
+    assert torch.equal((given_cache != 0).any(-1), (planned_cache != 0).any(-1))
+
+
+@torch.inference_mode()
+def test_later_tokens_change_nothing_that_was_cached(base_folder):
+    """What is behind a request's tokens in its pages may hold anything."""
+    model = native(base_folder("llama"), torch.float32)
+    cache = model.new_cache(2)
+    slot, ids = cache.allocate(32), random_ids(20, seed=1)
+    model.run([Row(ids[:15], slot=slot)], cache)
+    (expected,) = model.run([Row(ids[15:], slot=slot, start=15)], cache).logits
+    for depth in cache.depths:
+        depth.pages[slot.pages[0, 1], :, 4:] = torch.nan
+    (logits,) = model.run([Row(ids[15:], slot=slot, start=15)], cache).logits
+    assert torch.equal(logits, expected)
+
+
 @pytest.fixture(scope="module")
 def encoder(base_folder):
     return native(base_folder("bert"), torch.float32)
@@ -117,14 +179,14 @@ def test_short_passes_are_one_call_and_long_ones_one_a_depth(encoder):
 
 
 @torch.inference_mode()
-def test_cosine_gates_and_cached_rows_are_planned_in_python(encoder, base_folder):
+def test_cosine_gates_are_planned_in_python(encoder, base_folder):
     cosine = random_adapter(encoder.spec, seed=1, molex=molex_config(gate=COSINE))
     assert isinstance(encoder.begin([Row(random_ids(3, seed=1), cosine)])._depths, PlannedDepths)
     decoder = native(base_folder("llama"), torch.float32)
     cache = decoder.new_cache(4)
-    slot = cache.allocate(8, 1, [])
-    assert isinstance(decoder.begin([Row(random_ids(3, seed=1), slot=slot)], cache)._depths, PlannedDepths)
-    assert isinstance(decoder.begin([Row(random_ids(3, seed=1))])._depths, NativeDepths)
+    for slot in (None, cache.allocate(8)):
+        running = decoder.begin([Row(random_ids(3, seed=1), slot=slot)], cache)
+        assert isinstance(running._depths, NativeDepths)
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@
 
 #include "elementwise.h"
 #include "linear.h"
+#include "stream.h"
 
 namespace molex {
 
@@ -24,6 +25,28 @@ struct AttentionShape {
   int64_t window;  // tokens that each sees, itself included; 0: all
 
   int64_t columns() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
+};
+
+// The tokens of a request: `count` whose queries, keys and values lie side by side, [count, columns], behind `past` ones
+// whose keys and values are in a stream.
+template <class T>
+struct Tokens {
+  int64_t total() const { return past + count; }
+  const T* head(const AttentionShape& shape, int64_t number, int64_t i) const {
+    return rows + i * shape.columns() + number * shape.head_dim;
+  }
+  // Of all tokens, the earlier ones first.
+  const T* key(const AttentionShape& shape, int64_t kv_head, int64_t i) const {
+    return i < past ? earlier->key(kv_head, i) : head(shape, shape.num_heads + kv_head, i - past);
+  }
+  const T* value(const AttentionShape& shape, int64_t kv_head, int64_t i) const {
+    return i < past ? earlier->value(kv_head, i)
+                    : head(shape, shape.num_heads + shape.num_kv_heads + kv_head, i - past);
+  }
+
+  const T* rows;
+  int64_t count, past = 0;
+  const Stream<T>* earlier = nullptr;
 };
 
 // The keys lo..hi of a tile, by their places in it, that a query may see.
@@ -45,17 +68,20 @@ inline int64_t padded_keys(int64_t keys) { return keys <= 16 ? 16 : (keys <= 32 
 // Keys and values of one head in float32: each tile of keys transposed, [head_dim, padded], and padding zero.
 struct HeadMemory {
   template <class T>
-  void load(const T* keys, const T* values, int64_t stride, int64_t count, int64_t dim) {
-    const int64_t room = (count + kKeys - 1) / kKeys * kKeys * dim;
+  void load(const AttentionShape& shape, const Tokens<T>& tokens, int64_t kv_head) {
+    const int64_t dim = shape.head_dim, count = tokens.total(), room = (count + kKeys - 1) / kKeys * kKeys * dim;
     if (static_cast<int64_t>(rows.size()) < room) transposed.resize(room), rows.resize(room);
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t c = 0; c < dim; ++c) rows[i * dim + c] = static_cast<float>(values[i * stride + c]);
+    for (int64_t i = 0; i < count; ++i) {
+      const T* value = tokens.value(shape, kv_head, i);
+      for (int64_t c = 0; c < dim; ++c) rows[i * dim + c] = static_cast<float>(value[c]);
+    }
     for (int64_t first = 0; first < count; first += kKeys) {
       const int64_t tile = std::min(kKeys, count - first), width = padded_keys(tile);
       float* columns = transposed.data() + first * dim;
-      for (int64_t i = 0; i < tile; ++i)
-        for (int64_t c = 0; c < dim; ++c)
-          columns[c * width + i] = static_cast<float>(keys[(first + i) * stride + c]);
+      for (int64_t i = 0; i < tile; ++i) {
+        const T* key = tokens.key(shape, kv_head, first + i);
+        for (int64_t c = 0; c < dim; ++c) columns[c * width + i] = static_cast<float>(key[c]);
+      }
       for (int64_t c = 0; c < dim; ++c) std::fill(columns + c * width + tile, columns + (c + 1) * width, 0.0f);
       std::fill(rows.data() + (first + tile) * dim, rows.data() + (first + width) * dim, 0.0f);
     }
@@ -105,22 +131,24 @@ struct AttentionScratch {
   Softmax softmax;
 };
 
-// The queries first..first + rows of a request with `count` tokens, of one head; `result` is that of the first.
+// The queries first..first + rows of those tokens of a request that lie side by side, of one head, to the keys and
+// values in `scratch`; `result` is that of the first.
 template <class T>
-void attend_block(const AttentionShape& shape, const T* queries, int64_t first, int64_t rows, int64_t count,
+void attend_block(const AttentionShape& shape, const Tokens<T>& tokens, int64_t head, int64_t first, int64_t rows,
                   AttentionScratch& scratch, T* result) {
-  const int64_t dim = shape.head_dim, m = padded_rows(rows);
+  const int64_t dim = shape.head_dim, m = padded_rows(rows), place = tokens.past + first;
   Softmax& softmax = scratch.softmax;
   softmax.start(rows, dim);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < dim; ++c)
-      softmax.queries[r * dim + c] = static_cast<float>(queries[(first + r) * shape.columns() + c]) * shape.scaling;
-  const int64_t end = shape.causal ? std::min(count, first + rows) : count;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* query = tokens.head(shape, head, first + r);
+    for (int64_t c = 0; c < dim; ++c) softmax.queries[r * dim + c] = static_cast<float>(query[c]) * shape.scaling;
+  }
+  const int64_t end = shape.causal ? std::min(tokens.total(), place + rows) : tokens.total();
   for (int64_t key = 0; key < end; key += kKeys) {
-    const int64_t keys = std::min(kKeys, count - key), padded = padded_keys(keys);
+    const int64_t keys = std::min(kKeys, tokens.total() - key), padded = padded_keys(keys);
     at::native::cpublas::brgemm(m, padded, dim, dim, padded, padded, false, softmax.queries.data(),
                                 scratch.memory.transposed.data() + key * dim, softmax.scores.data());
-    for (int64_t r = 0; r < rows; ++r) softmax.weigh(r, Visible(shape, first + r, key, keys), padded, dim);
+    for (int64_t r = 0; r < rows; ++r) softmax.weigh(r, Visible(shape, place + r, key, keys), padded, dim);
     at::native::cpublas::brgemm(m, dim, padded, padded, dim, dim, true, softmax.scores.data(),
                                 scratch.memory.rows.data() + key * dim, softmax.outputs.data());
   }
@@ -129,19 +157,18 @@ void attend_block(const AttentionShape& shape, const T* queries, int64_t first, 
       result[r * shape.num_heads * dim + c] = static_cast<T>(softmax.outputs[r * dim + c] / softmax.total[r]);
 }
 
-// The queries begin..end of a request, of all heads that share a key head. `tokens` [count, columns] are the
-// request's, and `result` [end - begin, num_heads · head_dim] is what its queries find.
+// The queries begin..end of those tokens of a request that lie side by side, of all heads that share a key head;
+// `result` [end - begin, num_heads · head_dim] is what they find.
 template <class T>
-void attend_request(const AttentionShape& shape, const T* tokens, int64_t count, int64_t begin, int64_t end,
-                    int64_t kv_head, T* result) {
+void attend_request(const AttentionShape& shape, const Tokens<T>& tokens, int64_t begin, int64_t end, int64_t kv_head,
+                    T* result) {
   static thread_local AttentionScratch scratch;
-  const int64_t dim = shape.head_dim, shared = shape.num_heads / shape.num_kv_heads;
-  const T* keys = tokens + (shape.num_heads + kv_head) * dim;
-  scratch.memory.load(keys, keys + shape.num_kv_heads * dim, shape.columns(), count, dim);
+  const int64_t shared = shape.num_heads / shape.num_kv_heads;
+  scratch.memory.load(shape, tokens, kv_head);
   for (int64_t head = kv_head * shared; head < (kv_head + 1) * shared; ++head)
     for (int64_t first = begin; first < end; first += kMaxRows)
-      attend_block(shape, tokens + head * dim, first, std::min(kMaxRows, end - first), count, scratch,
-                   result + ((first - begin) * shape.num_heads + head) * dim);
+      attend_block(shape, tokens, head, first, std::min(kMaxRows, end - first), scratch,
+                   result + ((first - begin) * shape.num_heads + head) * shape.head_dim);
 }
 
 // `heads` [n, columns] holds queries, keys and values of each token, request i those from offsets[i] to
@@ -151,8 +178,8 @@ void attend(const AttentionShape& shape, const T* heads, const int64_t* offsets,
 #pragma omp parallel for schedule(dynamic) num_threads(at::get_num_threads())
   for (int64_t item = 0; item < requests * shape.num_kv_heads; ++item) {
     const int64_t request = item / shape.num_kv_heads, count = offsets[request + 1] - offsets[request];
-    attend_request(shape, heads + offsets[request] * shape.columns(), count, 0, count, item % shape.num_kv_heads,
-                   result + offsets[request] * shape.num_heads * shape.head_dim);
+    attend_request(shape, Tokens<T>{heads + offsets[request] * shape.columns(), count}, 0, count,
+                   item % shape.num_kv_heads, result + offsets[request] * shape.num_heads * shape.head_dim);
   }
 }
 

@@ -41,6 +41,12 @@ inline Positions checked(const Tensor& past, const Tensor& cos, const Tensor& si
   return {past, cos, sin};
 }
 
+inline void check_cache(const Tensor& cache, at::ScalarType type, const AttentionShape& shape) {
+  TORCH_CHECK(cache.is_contiguous() && cache.dim() == 4 && cache.scalar_type() == type &&
+                  cache.size(1) == 2 * shape.num_kv_heads && cache.size(3) == shape.head_dim,
+              "cache must be [pages, 2 · kv heads, tokens, head_dim], like the layers");
+}
+
 // Layers with activations in float32 or bfloat16.
 struct PackedLayers : torch::CustomClassHolder {
  private:
@@ -168,23 +174,28 @@ struct PackedLayers : torch::CustomClassHolder {
   Layers<float> wide_;
 };
 
-// A pass without cached tokens, which runs through as many depths at a time as it is asked to.
+// A pass, which runs through as many depths at a time as it is asked to.
 struct Depths : torch::CustomClassHolder {
-  // A line of `requests` [r, 7] has the number of tokens, the adapter's place in the batch, how many of the first tokens
-  // vote (0 where a route is pinned or nothing mixes), the score (0: votes, 1: softmax, 2: sigmoid), how many layers are
-  // chosen, and from which token on how many are needed of the last depth. `gates` [members, T, 2] are the addresses of
+  // A line of `requests` [r, 8] has the number of tokens, how many cached ones are before them, the adapter's place in the
+  // batch, how many of the first tokens vote (0 where a route is pinned or nothing mixes), the score (0: votes, 1:
+  // softmax, 2: sigmoid), how many layers are chosen, and from which token on how many are needed of the last depth.
+  // `pages` [r, streams, p] are those of the own layers' stream and of each choice's, -1 for a request that keeps no keys
+  // and values, and `caches` the memory [pages, 2 · kv heads, page tokens, head_dim] of each depth. `gates` [members, T, 2] are the addresses of
   // the weight and bias of each adapter's gates, 0 where a depth does not mix; `weights` [members, T, 2] those of own and
   // routed layers. `chosen` and `shares` [T, r, 2] are the layers of each route and their shares: given where it is
   // pinned, written where a request votes.
-  Depths(c10::intrusive_ptr<PackedLayers> layers, const Tensor& requests, const Tensor& gates, const Tensor& weights,
-         Tensor chosen, Tensor shares, Tensor factors)
+  Depths(c10::intrusive_ptr<PackedLayers> layers, const Tensor& requests, Tensor pages, std::vector<Tensor> caches,
+         const Tensor& gates, const Tensor& weights, Tensor chosen, Tensor shares, Tensor factors)
       : layers_(std::move(layers)),
         chosen_(std::move(chosen)),
         shares_(std::move(shares)),
         factors_(std::move(factors)) {
     const int64_t depth = layers_->depth();
     TORCH_CHECK(requests.scalar_type() == at::kLong && requests.dim() == 2 && requests.size(0) > 0 &&
-                    requests.size(1) == 7, "requests must be [r, 7]");
+                    requests.size(1) == 8, "requests must be [r, 8]");
+    TORCH_CHECK(pages.is_contiguous() && pages.scalar_type() == at::kLong && pages.dim() == 3 && pages.numel() > 0 &&
+                    pages.size(0) == requests.size(0), "pages must be [r, streams, p]");
+    requests_.streams = {std::move(pages), std::move(caches)};
     requests_.members = gates.size(0);
     const std::vector<int64_t> table{requests_.members, depth, 2}, choices{depth, requests.size(0), kMaxChoices};
     TORCH_CHECK(gates.scalar_type() == at::kLong && gates.sizes() == table && weights.scalar_type() == at::kFloat &&
@@ -207,6 +218,7 @@ struct Depths : torch::CustomClassHolder {
     TORCH_CHECK(hidden.dim() == 2 && hidden.size(0) == tokens_, "hidden must have ", tokens_, " rows");
     const AttentionShape shape{num_heads, num_kv_heads, head_dim, static_cast<float>(scaling), causal, window};
     const Positions positions = checked(past, cos, sin, tokens_, head_dim);
+    for (const Tensor& cache : requests_.streams.caches) check_cache(cache, layers_->dtype(), shape);
     return layers_->run(hidden, first, end, requests_, factors_, shape, positions, routed_layers_);
   }
 
@@ -225,15 +237,36 @@ struct Depths : torch::CustomClassHolder {
   void add_requests(const at::TensorAccessor<int64_t, 2>& given) {
     for (int64_t r = 0; r < given.size(0); ++r) {
       const auto line = given[r];
-      const Request request{tokens_, tokens_ + line[0], line[1], line[2], line[4], static_cast<Score>(line[3]),
-                            line[5], line[6], requests_.ballots()};
-      TORCH_CHECK(line[0] > 0 && 0 <= line[1] && line[1] < requests_.members && 0 <= line[2] && line[2] <= line[0] &&
-                      0 <= line[3] && line[3] <= 2 && 0 <= line[4] && line[4] <= kMaxChoices && 0 <= line[5] &&
-                      line[6] > 0 && line[5] + line[6] <= line[0], "request ", r, " cannot be so");
+      const Request request{tokens_, tokens_ + line[0], line[1], line[2], line[3], line[5], static_cast<Score>(line[4]),
+                            line[6], line[7], requests_.ballots()};
+      TORCH_CHECK(line[0] > 0 && 0 <= line[1] && 0 <= line[2] && line[2] < requests_.members && 0 <= line[3] &&
+                      line[3] <= line[0] && 0 <= line[4] && line[4] <= 2 && 0 <= line[5] && line[5] <= kMaxChoices &&
+                      0 <= line[6] && line[7] > 0 && line[6] + line[7] <= line[0], "request ", r, " cannot be so");
       requests_.all.push_back(request);
       requests_.voters.insert(requests_.voters.end(), request.voters, r);
       tokens_ = request.end;
       check_pinned(r);
+      check_pages(r);
+    }
+  }
+
+  void check_pages(int64_t r) const {
+    const Request& request = requests_.all[r];
+    const Streams& streams = requests_.streams;
+    if (!streams.are_of(r)) {
+      TORCH_CHECK(request.past == 0, "request ", r, " has no pages of earlier tokens");
+      return;
+    }
+    TORCH_CHECK(static_cast<int64_t>(streams.caches.size()) == layers_->depth(), "there must be a cache of each depth");
+    const int64_t used = 1 + request.top_k;
+    TORCH_CHECK(used <= streams.pages.size(1), "request ", r, " has too few streams");
+    for (const Tensor& cache : streams.caches) {
+      TORCH_CHECK(cache.dim() == 4 && request.past + request.count() <= streams.pages.size(2) * cache.size(2),
+                  "a token of request ", r, " has no page");
+      for (int64_t i = 0; i < used * streams.pages.size(2); ++i) {
+        const int64_t page = streams.numbers(r, 0)[i];
+        TORCH_CHECK(0 <= page && page < cache.size(0), "request ", r, " has a page that is not in the cache");
+      }
     }
   }
 
@@ -270,9 +303,7 @@ struct Decoding : torch::CustomClassHolder {
     DecodingDepth depth{
         layers_->decoding_pass(count_, rows, numbers, counts, runs, factors), rows, pages, cache, {}};
     TORCH_CHECK(counts.at(0) == count_, "the own layer takes all rows");
-    TORCH_CHECK(cache.is_contiguous() && cache.dim() == 4 && cache.scalar_type() == layers_->dtype() &&
-                    cache.size(1) == 2 * shape_.num_kv_heads && cache.size(3) == shape_.head_dim,
-                "cache must be [pages, 2 · kv heads, tokens, head_dim], like the layers");
+    check_cache(cache, layers_->dtype(), shape_);
     TORCH_CHECK(pages.is_contiguous() && pages.scalar_type() == at::kLong && pages.dim() == 2 &&
                     pages.size(0) == rows.size(0) && pages.size(1) > 0 && pages.min().item<int64_t>() >= 0 &&
                     pages.max().item<int64_t>() < cache.size(0), "pages must be [places, p], all in the cache");

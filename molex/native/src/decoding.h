@@ -14,6 +14,7 @@
 #include "low_rank.h"
 #include "pass.h"
 #include "rows.h"
+#include "stream.h"
 #include "vectors.h"
 
 namespace molex {
@@ -37,42 +38,13 @@ struct Positions {
   at::Tensor past, cos, sin;
 };
 
-// The keys and values of one stream at one depth: its pages, each [2 · kv heads, page tokens, head_dim].
-template <class T>
-struct Stream {
-  T* at(int64_t head, int64_t token) const {
-    return pages + ((numbers[token / page_tokens] * heads + head) * page_tokens + token % page_tokens) * dim;
-  }
-
-  // Ask memory for tokens of one page that are read soon.
-  void fetch(int64_t head, int64_t first, int64_t count) const {
-    const char* begin = reinterpret_cast<const char*>(at(head, first));
-    const char* end = begin + count * dim * static_cast<int64_t>(sizeof(T));
-    for (const char* line = begin; line < end; line += kCacheLine) _mm_prefetch(line, _MM_HINT_T0);
-  }
-
-  // Call use(first, count) for the tokens of each page between two of them.
-  template <class Use>
-  void for_each_page(int64_t begin, int64_t end, const Use& use) const {
-    for (int64_t first = begin, next; first < end; first = next) {
-      next = std::min(end, (first / page_tokens + 1) * page_tokens);
-      use(first, next - first);
-    }
-  }
-
-  T* pages;
-  const int64_t* numbers;
-  int64_t heads, page_tokens, dim;
-};
-
 // What runs at one depth. A place is a row in a layer call.
 struct DecodingDepth {
   int64_t places() const { return rows.size(0); }
 
   template <class T>
   Stream<T> cached(int64_t place) const {
-    return {cache.data_ptr<T>(), pages.const_data_ptr<int64_t>() + place * pages.size(1), cache.size(1),
-            cache.size(2), cache.size(3)};
+    return {cache, pages.const_data_ptr<int64_t>() + place * pages.size(1)};
   }
 
   Pass pass;
@@ -205,9 +177,9 @@ void attend_cached(const AttentionShape& shape, const Position& position, const 
                    int64_t kv_head, T* result) {
   const int64_t dim = shape.head_dim, shared = shape.num_heads / shape.num_kv_heads;
   const T* key = heads + (shape.num_heads + kv_head) * dim;
-  placed(key, position, dim, 1.0f, stream.at(kv_head, position.past));
+  placed(key, position, dim, 1.0f, stream.key(kv_head, position.past));
   const T* value = key + shape.num_kv_heads * dim;
-  std::copy(value, value + dim, stream.at(shape.num_kv_heads + kv_head, position.past));
+  std::copy(value, value + dim, stream.value(kv_head, position.past));
 
   static thread_local std::vector<float> queries;
   queries.resize(shared * dim);

@@ -33,6 +33,15 @@ void Layers<T>::vote(int64_t depth, Matrix<const T> hidden, const Requests& requ
   everyone.barrier();
 }
 
+// Keep the keys and values of one key head of a request's tokens behind those of earlier ones.
+template <class T>
+void keep(const AttentionShape& shape, const Tokens<T>& tokens, int64_t kv_head, const Stream<T>& stream) {
+  for (int64_t i = tokens.past; i < tokens.total(); ++i) {
+    std::copy_n(tokens.key(shape, kv_head, i), shape.head_dim, stream.key(kv_head, i));
+    std::copy_n(tokens.value(shape, kv_head, i), shape.head_dim, stream.value(kv_head, i));
+  }
+}
+
 template <class T>
 Tensor Layers<T>::run(const Tensor& hidden, int64_t first, int64_t end, const Requests& requests, const Tensor& factors,
                       const AttentionShape& shape, const Positions& positions, int64_t& routed_layers) const {
@@ -68,9 +77,14 @@ Tensor Layers<T>::run(const Tensor& hidden, int64_t first, int64_t end, const Re
       region.share(depth->visits.size() * shape.num_kv_heads, [&](int64_t item) {
         const Visit& visit = depth->visits[item / shape.num_kv_heads];
         const Request& request = requests.all[visit.request];
-        const int64_t begin = depth->first(request);
-        attend_request(shape, buffers.heads.row(visit.begin), request.count(), begin, begin + depth->count(request),
-                       item % shape.num_kv_heads, buffers.attended.row(visit.result));
+        const int64_t begin = depth->first(request), kv_head = item % shape.num_kv_heads;
+        Tokens<T> tokens{buffers.heads.row(visit.begin), request.count(), request.past};
+        std::optional<Stream<T>> stream;
+        if (requests.streams.are_of(visit.request)) {
+          tokens.earlier = &stream.emplace(requests.streams.at<T>(t, visit.request, visit.stream));
+          keep(shape, tokens, kv_head, *stream);
+        }
+        attend_request(shape, tokens, begin, begin + depth->count(request), kv_head, buffers.attended.row(visit.result));
       });
       region.share_blocks(finished->blocks.size(), [&](int64_t i, const Team& team, Scratch<T>& s) {
         finish_block(finished->blocks[i], input, depth->finished.rows(), buffers.attended, *finished, team, s, output);

@@ -114,8 +114,8 @@ TORCH_LIBRARY(molex, m) {
       .def("logits", &molex::PackedVocabulary::logits)
       .def("embed", &molex::PackedVocabulary::embed);
   m.class_<molex::Depths>("Depths")
-      .def(torch::init<c10::intrusive_ptr<molex::PackedLayers>, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-                       at::Tensor>())
+      .def(torch::init<c10::intrusive_ptr<molex::PackedLayers>, at::Tensor, at::Tensor, std::vector<at::Tensor>, at::Tensor,
+                       at::Tensor, at::Tensor, at::Tensor, at::Tensor>())
       .def("run", &molex::Depths::run)
       .def("routed_layers", &molex::Depths::routed_layers);
   m.class_<molex::Decoding>("Decoding")

@@ -10,6 +10,7 @@
 #include "low_rank.h"
 #include "pass.h"
 #include "rows.h"
+#include "stream.h"
 #include "votes.h"
 
 namespace molex {
@@ -17,12 +18,12 @@ namespace molex {
 // Routed layers that a request may visit at a depth.
 constexpr int64_t kMaxChoices = 2;
 
-// A request's tokens begin..end. The first `voters` of them vote, and are the ballots from `first_ballot` on; of the
-// tokens from `first_needed` on so many are `needed` of the last depth.
+// A request's tokens begin..end, behind `past` ones that are cached. The first `voters` of them vote, and are the ballots
+// from `first_ballot` on; of the tokens from `first_needed` on so many are `needed` of the last depth.
 struct Request {
   int64_t count() const { return end - begin; }
 
-  int64_t begin, end, member, voters, top_k;
+  int64_t begin, end, past, member, voters, top_k;
   Score score;
   int64_t first_needed, needed, first_ballot;
 };
@@ -54,6 +55,7 @@ struct Requests {
   std::vector<int64_t> voters;     // the request of each ballot
   std::vector<Mixture> mixtures;   // [depths, members]
   int64_t members = 0;
+  Streams streams;                 // where keys and values are kept
   int64_t* chosen = nullptr;       // [depths, requests, kMaxChoices] layers
   float* shares = nullptr;         // of the routed branch's weight, of sum 1
 };
@@ -83,16 +85,17 @@ class Places {
   std::vector<Run> runs_;
 };
 
-// A request in a layer call: its tokens lie from place `begin` on, and its needed ones from `result` on.
+// A request in a layer call: its tokens lie from place `begin` on, and its needed ones from `result` on. Keys and values
+// are kept in stream 0 of the own layer, or in that of a choice.
 struct Visit {
-  int64_t request, begin, result;
+  int64_t request, stream, begin, result;
 };
 
 // One depth of a pass. At the last one only what is needed is finished; elsewhere all tokens are.
 struct Depth {
   Depth(const Requests& requests, int64_t depth, int64_t first_routed, bool last) : last_(last) {
     begin_call(depth);
-    for (int64_t r = 0; r < requests.size(); ++r) visit(requests.all[r], r);
+    for (int64_t r = 0; r < requests.size(); ++r) visit(requests.all[r], r, 0);
     if (!requests.mix_at(depth)) return;
     for (int64_t r = 0; r < requests.size(); ++r)
       terms.push_back({{visits[r].result, requests.mixture(depth, r).own}});
@@ -103,7 +106,7 @@ struct Depth {
         continue;
       }
       if (chosen.layer != layer_ - first_routed || calls_ == 1) begin_call(first_routed + chosen.layer);
-      visit(requests.all[chosen.request], chosen.request);
+      visit(requests.all[chosen.request], chosen.request, 1 + chosen.choice);
       terms[chosen.request].push_back({visits.back().result, chosen.weight});
     }
   }
@@ -119,7 +122,7 @@ struct Depth {
 
  private:
   struct Chosen {
-    int64_t layer, request;
+    int64_t layer, request, choice;
     float weight;
   };
 
@@ -129,7 +132,7 @@ struct Depth {
       const Mixture& mixture = requests.mixture(depth, r);
       const int64_t first = requests.choices(depth, r);
       for (int64_t c = 0; mixture.mixes() && c < requests.all[r].top_k; ++c)
-        all.push_back({requests.chosen[first + c], r, mixture.routed * requests.shares[first + c]});
+        all.push_back({requests.chosen[first + c], r, c, mixture.routed * requests.shares[first + c]});
     }
     std::stable_sort(all.begin(), all.end(), [](const Chosen& a, const Chosen& b) { return a.layer < b.layer; });
     return all;
@@ -140,8 +143,8 @@ struct Depth {
     read.begin_call(layer), finished.begin_call(layer);
   }
 
-  void visit(const Request& request, int64_t number) {
-    visits.push_back({number, read.size(), finished.size()});
+  void visit(const Request& request, int64_t number, int64_t stream) {
+    visits.push_back({number, stream, read.size(), finished.size()});
     read.add(request.member, request.begin, request.count());
     finished.add(request.member, request.begin + first(request), count(request));
   }
