@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Seq
 from contextlib import asynccontextmanager
@@ -29,10 +30,19 @@ class Submission:
     def __init__(self, sequences: Seq[Sequence], cancel: Callable[[Seq[Sequence]], None]) -> None:
         self.sequences = sequences
         self._cancel = cancel
-        self._queue: asyncio.Queue[Update] = asyncio.Queue()
+        self._updates: deque[Update] = deque()
+        self._news, self._ended = asyncio.Event(), asyncio.Event()
+        self._unfinished = len(sequences)
         self._timer: asyncio.TimerHandle | None = None
         for sequence in sequences:
-            sequence.sink = self._queue.put_nowait
+            sequence.sink = self._receive
+
+    def _receive(self, update: Update) -> None:
+        self._updates.append(update)
+        self._news.set()
+        self._unfinished -= update.last
+        if update.error is not None or not self._unfinished:
+            self._ended.set()
 
     def expire_at(self, deadline: float) -> None:
         """Fail what has not ended at `deadline`, on the clock of the event loop.
@@ -42,21 +52,29 @@ class Submission:
         self._timer = asyncio.get_running_loop().call_at(deadline, self._expire)
 
     def _expire(self) -> None:
-        self._queue.put_nowait(Update(self.sequences[0], error=deadline_error()))
+        self._receive(Update(self.sequences[0], error=deadline_error()))
         self._cancel(self.sequences)
 
     async def updates(self) -> AsyncIterator[Update]:
         """Updates of all the sequences as they come. Raises the first failure, a ServiceError."""
         remaining = len(self.sequences)
         while remaining:
-            update = await self._queue.get()
+            while not self._updates:
+                self._news.clear()
+                await self._news.wait()
+            update = self._updates.popleft()
             if update.error is not None:
                 raise update.error
             remaining -= update.last
             yield update
 
     async def finished(self) -> list[Update]:
-        """All updates, once every sequence has ended."""
+        """All updates, once every sequence has ended. The task sleeps until then.
+
+        Were it woken for each token, a step of many generations would keep the event loop, and through the
+        interpreter's lock the worker, busy for a while.
+        """
+        await self._ended.wait()
         return [update async for update in self.updates()]
 
     def cancel(self) -> None:
