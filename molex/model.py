@@ -26,6 +26,7 @@ from molex.forward import Forward
 from molex.kv_cache import KVCache
 from molex.layers import StockLayers
 from molex.lora import BatchLora
+from molex.native.layers import NativeLayers
 from molex.native.weights import Bits
 from molex.passes import Pass, RunOutput, RunStats, joined, uncounted
 from molex.routing import flat_route
@@ -117,6 +118,11 @@ class MolexModel:
     def nbytes(self) -> int:
         """What the base's weights take in memory, in all their precisions."""
         return self.backbone.nbytes
+
+    @property
+    def on_kernels(self) -> bool:
+        """Whether the kernels run the layers."""
+        return isinstance(self.backbone.layers, NativeLayers)
 
     @property
     def bank_bytes(self) -> int:

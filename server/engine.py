@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import ParamSpec, TypeVar
 
 from molex.adapter import BARE, Adapter
+from molex.native.threads import spread_threads
 from molex.threads import release_helpers
 from server.adapters import AdapterStore
 from server.base import Base, load_base
@@ -142,6 +143,8 @@ class Engine:
 
     def _work(self) -> None:
         self._cpu_clock = cpu_clock()
+        if any(base.model.on_kernels for base in self.bases.values()):
+            spread_threads()
         try:
             while self._step():
                 pass

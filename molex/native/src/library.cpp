@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "classes.h"
 #include "rows.h"
+#include "team.h"
 #include "tensors.h"
 #include "votes.h"
 
@@ -100,6 +101,12 @@ Tensor mix(const Tensor& outputs, const Tensor& bounds, const Tensor& own, const
   return result;
 }
 
+// From the next pass of the calling thread on, it and those it works with run on one of these CPUs each.
+void spread(const std::vector<int64_t>& cpus) {
+  for (const int64_t cpu : cpus) TORCH_CHECK(0 <= cpu && cpu < CPU_SETSIZE, "no CPU ", cpu);
+  chosen_cpus() = cpus;
+}
+
 }  // namespace
 }  // namespace molex
 
@@ -126,4 +133,5 @@ TORCH_LIBRARY(molex, m) {
   m.def("gate_logits", &molex::gate_logits);
   m.def("elect", &molex::elect_layers);
   m.def("mix", &molex::mix);
+  m.def("spread", &molex::spread);
 }

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 #include <omp.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -124,14 +125,32 @@ class Region {
   std::vector<Scratch>& scratches_;
 };
 
+// The CPUs of the calling thread and of those it works with, one each; none where the system chooses.
+inline std::vector<int64_t>& chosen_cpus() {
+  static thread_local std::vector<int64_t> cpus;
+  return cpus;
+}
+
+// Have the calling thread run on one CPU alone. OpenMP makes new threads at times: each is asked in every region.
+inline void run_on(int64_t cpu) {
+  static thread_local int64_t current = -1;
+  if (cpu == current) return;
+  cpu_set_t only;
+  CPU_ZERO(&only);
+  CPU_SET(cpu, &only);
+  if (sched_setaffinity(0, sizeof only, &only) == 0) current = cpu;
+}
+
 // Call work(region) on all threads at once. `work` must not throw.
 template <class Scratch, class Work>
 void in_one_region(const Work& work) {
   std::vector<Scratch>& scratches = kept_scratches<Scratch>();
   const int64_t threads = at::get_num_threads();
+  const std::vector<int64_t>& cpus = chosen_cpus();
   Shares shares(threads);
 #pragma omp parallel num_threads(threads)
   {
+    if (static_cast<int64_t>(cpus.size()) == threads) run_on(cpus[omp_get_thread_num()]);
     Region<Scratch> region(omp_get_thread_num(), threads, scratches, shares);
     work(region);
     // `brgemm` leaves the tiles of AMX set up for its last product, which oneDNN's other products must not find.

@@ -1,0 +1,23 @@
+"""Where the threads of the kernels run."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def spread_threads() -> bool:
+    """Give each thread that computes for the calling one, itself included, a CPU; returns whether it did.
+
+    They sleep between passes, and the system may wake one on the CPU of the very thread that waits for it:
+    the two take turns there, for up to some 20 ms. It takes as many CPUs as threads. Where there are more,
+    others may run on those that would be chosen here; and who sets `OMP_PROC_BIND` has chosen already.
+
+    From now on threads that the calling one creates share its CPU.
+    """
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) != torch.get_num_threads() or "OMP_PROC_BIND" in os.environ:
+        return False
+    torch.ops.molex.spread(cpus)
+    return True
