@@ -143,9 +143,9 @@ class Engine:
 
     def _work(self) -> None:
         self._cpu_clock = cpu_clock()
-        if any(base.model.on_kernels for base in self.bases.values()):
-            spread_threads()
         try:
+            if any(base.model.on_kernels for base in self.bases.values()):
+                spread_threads()
             while self._step():
                 pass
         except Exception:

@@ -6,6 +6,9 @@ import os
 
 import torch
 
+CPU_SETSIZE = 1024
+"""CPUs that the kernels can name: those of the C library's `cpu_set_t`."""
+
 
 def spread_threads() -> bool:
     """Give each thread that computes for the calling one, itself included, a CPU; returns whether it did.
@@ -17,7 +20,8 @@ def spread_threads() -> bool:
     From now on threads that the calling one creates share its CPU.
     """
     cpus = sorted(os.sched_getaffinity(0))
-    if len(cpus) != torch.get_num_threads() or "OMP_PROC_BIND" in os.environ:
+    chosen = "OMP_PROC_BIND" in os.environ
+    if chosen or len(cpus) != torch.get_num_threads() or cpus[-1] >= CPU_SETSIZE:
         return False
     torch.ops.molex.spread(cpus)
     return True
