@@ -13,9 +13,11 @@ CPU_SETSIZE = 1024
 def spread_threads() -> bool:
     """Give each thread that computes for the calling one, itself included, a CPU; returns whether it did.
 
-    They sleep between passes, and the system may wake one on the CPU of the very thread that waits for it:
-    the two take turns there, for up to some 20 ms. It takes as many CPUs as threads. Where there are more,
-    others may run on those that would be chosen here; and who sets `OMP_PROC_BIND` has chosen already.
+    They sleep between passes. After a pause passes took up to several times as long, with many switches
+    between threads: probably the system wakes one on the CPU of the very thread that waits for it, and the
+    two take turns there for a while (`benchmarks/bench_spreading.py`). It takes as many CPUs as threads.
+    Where there are more, others may run on those that would be chosen here; and who sets `OMP_PROC_BIND` has
+    chosen already.
 
     From now on threads that the calling one creates share its CPU.
     """

@@ -144,6 +144,17 @@ def test_later_tokens_change_nothing_that_was_cached(base_folder):
     assert torch.equal(logits, expected)
 
 
+@torch.inference_mode()
+def test_a_page_that_is_not_in_the_cache_is_refused(base_folder):
+    model = native(base_folder("llama"), torch.float32)
+    cache = model.new_cache(2)
+    slot = cache.allocate(32)
+    for page in (2, -1):
+        slot.pages[0, 1] = page
+        with pytest.raises(RuntimeError, match="request 0 has a page that is not in the cache"):
+            model.run([Row(random_ids(20, seed=1), slot=slot)], cache)
+
+
 @pytest.fixture(scope="module")
 def encoder(base_folder):
     return native(base_folder("bert"), torch.float32)
