@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, delete, func, insert, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import ColumnElement, Connection, Select, delete, func, insert, select, update
 
 from server.catalogue.catalogue import Catalogue
 from server.catalogue.records import AdapterRecord, Facts, State, Version
 from server.catalogue.tables import adapter_aliases as aliases
 from server.catalogue.tables import adapter_versions as versions
 from server.catalogue.tables import adapters, tenants
+from server.catalogue.transactions import reads, writes
 from server.errors import ErrorKind, ServiceError, adapter_not_found
 
 Values = Mapping[str, Any]
@@ -35,169 +34,179 @@ class AdapterCatalogue:
     """The adapters of a catalogue. Raises ServiceError: 503 while the database cannot be reached."""
 
     def __init__(self, catalogue: Catalogue) -> None:
+        self.transactions = catalogue.transactions
         self._catalogue = catalogue
 
-    async def all(self) -> list[AdapterRecord]:
+    @reads
+    def all(self, connection: Connection) -> list[AdapterRecord]:
         """Every adapter, by name."""
-        async with self._catalogue.reading() as connection:
-            return await _records(connection)
+        return _records(connection)
 
-    async def find(self, name: str) -> AdapterRecord | None:
-        async with self._catalogue.reading() as connection:
-            return await _record(connection, name)
+    @reads
+    def find(self, connection: Connection, name: str) -> AdapterRecord | None:
+        return _record(connection, name)
 
-    async def register(
-        self, name: str, *, source: str, base: str | None, digest: str | None, pinned: bool, actor: str
+    @writes
+    def register(
+        self,
+        connection: Connection,
+        name: str,
+        *,
+        source: str,
+        base: str | None,
+        digest: str | None,
+        pinned: bool,
+        actor: str,
     ) -> AdapterRecord:
         """Add a version that is to be loaded, the newest one; those that failed before it are forgotten.
 
         Raises ServiceError where the tenant has no room for one more.
         """
-        async with self._catalogue.writing() as connection:
-            number = await _next_number(connection, name)
-            failed = versions.c.state == State.FAILED
-            await connection.execute(delete(versions).where(versions.c.adapter == name, failed))
-            now = self._catalogue.now()
-            row = {
-                "adapter": name,
-                "number": number,
-                "source": source,
-                "base": base,
-                "digest": digest,
-                "pinned": pinned,
-                "state": State.REGISTERED,
-                "actor": actor,
-                "created": now,
-                "updated": now,
-            }
-            await connection.execute(insert(versions), row)
-            detail = {"version": number, "source": source}
-            await self._append(connection, actor, "adapter.register", name, detail)
-            return await _known(connection, name)
+        number = _next_number(connection, name)
+        failed = versions.c.state == State.FAILED
+        connection.execute(delete(versions).where(versions.c.adapter == name, failed))
+        now = self._catalogue.now()
+        row = {
+            "adapter": name,
+            "number": number,
+            "source": source,
+            "base": base,
+            "digest": digest,
+            "pinned": pinned,
+            "state": State.REGISTERED,
+            "actor": actor,
+            "created": now,
+            "updated": now,
+        }
+        connection.execute(insert(versions), row)
+        detail = {"version": number, "source": source}
+        self._append(connection, actor, "adapter.register", name, detail)
+        return _known(connection, name)
 
-    async def fail(self, name: str, number: int, reason: str) -> AdapterRecord:
+    @writes
+    def fail(self, connection: Connection, name: str, number: int, reason: str) -> AdapterRecord:
         """Say that a version could not be loaded; nothing, where another server has it ready by now."""
-        async with self._changing(name) as (connection, record):
-            version = next((v for v in record.versions if v.number == number and not v.ready), None)
-            if version is not None:
-                await self._change(connection, name, number, {"state": State.FAILED, "reason": reason})
-                detail = {"version": number}
-                await self._append(connection, version.actor, "adapter.fail", name, detail)
-            return await _known(connection, name)
+        record = _known(connection, name)
+        version = next((v for v in record.versions if v.number == number and not v.ready), None)
+        if version is not None:
+            self._change(connection, name, number, {"state": State.FAILED, "reason": reason})
+            detail = {"version": number}
+            self._append(connection, version.actor, "adapter.fail", name, detail)
+        return _known(connection, name)
 
-    async def finish(self, name: str, number: int, source: str, facts: Facts) -> AdapterRecord:
+    @writes
+    def finish(
+        self, connection: Connection, name: str, number: int, source: str, facts: Facts
+    ) -> AdapterRecord:
         """Make a version that has passed all tests the current one.
 
         Where another version has the same files on the same base, that one becomes current, and this one is
         forgotten. Raises ServiceError where the tenant has no room for it.
         """
-        async with self._catalogue.writing() as connection:
-            record = await _known(connection, name)
-            version = next((v for v in record.versions if v.number == number), None)
-            if version is None:
-                raise adapter_not_found(name)
-            others = (other for other in record.versions if other.ready and other.number != number)
-            twin = next((other for other in others if other.facts == facts), None)
-            if twin is None:
-                await _check_count(connection, _tenant(name), (State.READY,))
-                await _check_bytes(connection, _tenant(name), facts.size)
-                await self._change(connection, name, number, _columns(source, facts))
-            else:
-                await connection.execute(delete(versions).where(_one(name, number)))
-                await self._change(connection, name, twin.number, {"pinned": version.pinned})
-            current = number if twin is None else twin.number
-            detail = {"version": current, "digest": facts.digest}
-            await self._set_current(connection, name, current, version.actor, "adapter.load", detail)
-            return await _known(connection, name)
+        record = _known(connection, name)
+        version = next((v for v in record.versions if v.number == number), None)
+        if version is None:
+            raise adapter_not_found(name)
+        others = (other for other in record.versions if other.ready and other.number != number)
+        twin = next((other for other in others if other.facts == facts), None)
+        if twin is None:
+            _check_count(connection, _tenant(name), (State.READY,))
+            _check_bytes(connection, _tenant(name), facts.size)
+            self._change(connection, name, number, _columns(source, facts))
+        else:
+            connection.execute(delete(versions).where(_one(name, number)))
+            self._change(connection, name, twin.number, {"pinned": version.pinned})
+        current = number if twin is None else twin.number
+        detail = {"version": current, "digest": facts.digest}
+        self._set_current(connection, name, current, version.actor, "adapter.load", detail)
+        return _known(connection, name)
 
-    async def rollback(self, name: str, number: int, *, actor: str) -> AdapterRecord:
+    @writes
+    def rollback(self, connection: Connection, name: str, number: int, *, actor: str) -> AdapterRecord:
         """Make a ready version the current one."""
-        async with self._changing(name) as (connection, record):
-            version = _ready(record, number)
-            detail = {"version": number, "digest": version.digest, "from": record.current}
-            await self._set_current(connection, name, number, actor, "adapter.rollback", detail)
-            return await _known(connection, name)
+        record = _known(connection, name)
+        version = _ready(record, number)
+        detail = {"version": number, "digest": version.digest, "from": record.current}
+        self._set_current(connection, name, number, actor, "adapter.rollback", detail)
+        return _known(connection, name)
 
-    async def set_alias(self, name: str, alias: str, number: int, *, actor: str) -> AdapterRecord:
+    @writes
+    def set_alias(
+        self, connection: Connection, name: str, alias: str, number: int, *, actor: str
+    ) -> AdapterRecord:
         """Let an alias name a ready version."""
-        async with self._changing(name) as (connection, record):
-            version = _ready(record, number)
-            await connection.execute(delete(aliases).where(_alias(name, alias)))
-            await connection.execute(insert(aliases).values(adapter=name, alias=alias, number=number))
-            detail = {"alias": alias, "version": number, "digest": version.digest}
-            await self._append(connection, actor, "adapter.alias", name, detail)
-            return await _known(connection, name)
+        record = _known(connection, name)
+        version = _ready(record, number)
+        connection.execute(delete(aliases).where(_alias(name, alias)))
+        connection.execute(insert(aliases).values(adapter=name, alias=alias, number=number))
+        detail = {"alias": alias, "version": number, "digest": version.digest}
+        self._append(connection, actor, "adapter.alias", name, detail)
+        return _known(connection, name)
 
-    async def remove_alias(self, name: str, alias: str, *, actor: str) -> AdapterRecord:
-        async with self._changing(name) as (connection, record):
-            if alias not in record.aliases:
-                raise adapter_not_found(f"{name}@{alias}")
-            await connection.execute(delete(aliases).where(_alias(name, alias)))
-            await self._append(connection, actor, "adapter.alias_remove", name, {"alias": alias})
-            return await _known(connection, name)
+    @writes
+    def remove_alias(self, connection: Connection, name: str, alias: str, *, actor: str) -> AdapterRecord:
+        record = _known(connection, name)
+        if alias not in record.aliases:
+            raise adapter_not_found(f"{name}@{alias}")
+        connection.execute(delete(aliases).where(_alias(name, alias)))
+        self._append(connection, actor, "adapter.alias_remove", name, {"alias": alias})
+        return _known(connection, name)
 
-    async def remove_version(self, name: str, number: int, *, actor: str) -> AdapterRecord:
+    @writes
+    def remove_version(self, connection: Connection, name: str, number: int, *, actor: str) -> AdapterRecord:
         """Forget a version. Raises ServiceError (409) where it is current or an alias names it."""
-        async with self._changing(name) as (connection, record):
-            version = next((v for v in record.versions if v.number == number), None)
-            if version is None:
-                raise adapter_not_found(f"{name}@{number}")
-            uses = [
-                f"the alias {alias!r} names it" for alias, named in record.aliases.items() if named == number
-            ]
-            if number == record.current:
-                uses.insert(0, "it is the current one")
-            elif len(record.versions) == 1:
-                uses = ["it is the only one, which goes with the adapter"]
-            if uses:
-                message = f"version {number} of {name!r} is in use: {', '.join(uses)}"
-                raise ServiceError(ErrorKind.VERSION_IN_USE, message, param="number")
-            await connection.execute(delete(versions).where(_one(name, number)))
-            detail = {"version": number, "digest": version.digest}
-            await self._append(connection, actor, "adapter.remove", name, detail)
-            return await _known(connection, name)
+        record = _known(connection, name)
+        version = next((v for v in record.versions if v.number == number), None)
+        if version is None:
+            raise adapter_not_found(f"{name}@{number}")
+        uses = [f"the alias {alias!r} names it" for alias, named in record.aliases.items() if named == number]
+        if number == record.current:
+            uses.insert(0, "it is the current one")
+        elif len(record.versions) == 1:
+            uses = ["it is the only one, which goes with the adapter"]
+        if uses:
+            message = f"version {number} of {name!r} is in use: {', '.join(uses)}"
+            raise ServiceError(ErrorKind.VERSION_IN_USE, message, param="number")
+        connection.execute(delete(versions).where(_one(name, number)))
+        detail = {"version": number, "digest": version.digest}
+        self._append(connection, actor, "adapter.remove", name, detail)
+        return _known(connection, name)
 
-    async def remove(self, name: str, *, actor: str) -> None:
+    @writes
+    def remove(self, connection: Connection, name: str, *, actor: str) -> None:
         """Forget an adapter with all its versions and aliases."""
-        async with self._changing(name) as (connection, record):
-            for table in (aliases, versions):
-                await connection.execute(delete(table).where(table.c.adapter == name))
-            await connection.execute(delete(adapters).where(adapters.c.name == name))
-            digests = {str(version.number): version.digest for version in record.versions}
-            await self._append(connection, actor, "adapter.remove", name, {"versions": digests})
+        record = _known(connection, name)
+        for table in (aliases, versions):
+            connection.execute(delete(table).where(table.c.adapter == name))
+        connection.execute(delete(adapters).where(adapters.c.name == name))
+        digests = {str(version.number): version.digest for version in record.versions}
+        self._append(connection, actor, "adapter.remove", name, {"versions": digests})
 
-    @asynccontextmanager
-    async def _changing(self, name: str) -> AsyncIterator[tuple[AsyncConnection, AdapterRecord]]:
-        async with self._catalogue.writing() as connection:
-            yield connection, await _known(connection, name)
-
-    async def _change(self, connection: AsyncConnection, name: str, number: int, values: Values) -> None:
+    def _change(self, connection: Connection, name: str, number: int, values: Values) -> None:
         changed = {**values, "updated": self._catalogue.now()}
-        await connection.execute(update(versions).where(_one(name, number)), changed)
+        connection.execute(update(versions).where(_one(name, number)), changed)
 
-    async def _set_current(
-        self, connection: AsyncConnection, name: str, number: int, actor: str, action: str, detail: Values
+    def _set_current(
+        self, connection: Connection, name: str, number: int, actor: str, action: str, detail: Values
     ) -> None:
-        await connection.execute(update(adapters).where(adapters.c.name == name), {"current": number})
-        await self._append(connection, actor, action, name, detail)
+        connection.execute(update(adapters).where(adapters.c.name == name), {"current": number})
+        self._append(connection, actor, action, name, detail)
 
-    async def _append(
-        self, connection: AsyncConnection, actor: str, action: str, name: str, detail: Values
-    ) -> None:
-        await self._catalogue.append(connection, actor, action, f"adapter:{name}", detail)
+    def _append(self, connection: Connection, actor: str, action: str, name: str, detail: Values) -> None:
+        self._catalogue.append(connection, actor, action, f"adapter:{name}", detail)
 
 
 def _tenant(name: str) -> str | None:
     return name.rpartition("/")[0] or None
 
 
-async def _records(connection: AsyncConnection, name: str | None = None) -> list[AdapterRecord]:
+def _records(connection: Connection, name: str | None = None) -> list[AdapterRecord]:
     """All adapters, or the one of a name."""
     query = RECORDS if name is None else RECORDS.where(adapters.c.name == name)
     current: dict[str, int | None] = {}
     kept: defaultdict[str, dict[int, Version]] = defaultdict(dict)
     named: defaultdict[str, dict[str, int]] = defaultdict(dict)
-    for row in (await connection.execute(query)).mappings():
+    for row in connection.execute(query).mappings():
         owner, number = row["name"], row["number"]
         current[owner] = row["current"]
         if number is not None and number not in kept[owner]:
@@ -210,24 +219,24 @@ async def _records(connection: AsyncConnection, name: str | None = None) -> list
     ]
 
 
-async def _next_number(connection: AsyncConnection, name: str) -> int:
+def _next_number(connection: Connection, name: str) -> int:
     """The number of an adapter's next version, which may be its first. Raises ServiceError (409)."""
     counted = update(adapters).where(adapters.c.name == name).values(last=adapters.c.last + 1)
-    number: int | None = await connection.scalar(counted.returning(adapters.c.last))
+    number: int | None = connection.scalar(counted.returning(adapters.c.last))
     if number is None:
-        await _check_count(connection, _tenant(name), tuple(State))
+        _check_count(connection, _tenant(name), tuple(State))
         number = 1
         row = {"name": name, "tenant": _tenant(name), "last": number}
-        await connection.execute(insert(adapters), row)
+        connection.execute(insert(adapters), row)
     return number
 
 
-async def _record(connection: AsyncConnection, name: str) -> AdapterRecord | None:
-    return next(iter(await _records(connection, name)), None)
+def _record(connection: Connection, name: str) -> AdapterRecord | None:
+    return next(iter(_records(connection, name)), None)
 
 
-async def _known(connection: AsyncConnection, name: str) -> AdapterRecord:
-    record = await _record(connection, name)
+def _known(connection: Connection, name: str) -> AdapterRecord:
+    record = _record(connection, name)
     if record is None:
         raise adapter_not_found(name)
     return record
@@ -266,23 +275,23 @@ def _alias(name: str, alias: str) -> ColumnElement[bool]:
     return (aliases.c.adapter == name) & (aliases.c.alias == alias)
 
 
-async def _check_count(connection: AsyncConnection, tenant: str | None, states: Sequence[State]) -> None:
+def _check_count(connection: Connection, tenant: str | None, states: Sequence[State]) -> None:
     """Whether there is room for one more version beside those in these states."""
     if tenant is None:
         return
-    limit = (await connection.execute(select(tenants.c.adapters).where(_named(tenant)))).scalar_one()
-    kept = (await connection.execute(_kept(tenant, func.count(), states))).scalar_one()
+    limit = connection.execute(select(tenants.c.adapters).where(_named(tenant))).scalar_one()
+    kept = connection.execute(_kept(tenant, func.count(), states)).scalar_one()
     if limit is not None and kept >= limit:
         message = f"{tenant} keeps {kept} versions of adapters, which is its limit: remove one"
         raise ServiceError(ErrorKind.ADAPTER_QUOTA, message)
 
 
-async def _check_bytes(connection: AsyncConnection, tenant: str | None, size: int) -> None:
+def _check_bytes(connection: Connection, tenant: str | None, size: int) -> None:
     if tenant is None:
         return
-    limit = (await connection.execute(select(tenants.c.adapter_bytes).where(_named(tenant)))).scalar_one()
+    limit = connection.execute(select(tenants.c.adapter_bytes).where(_named(tenant))).scalar_one()
     total = func.coalesce(func.sum(versions.c.size), 0)
-    size += int((await connection.execute(_kept(tenant, total, (State.READY,)))).scalar_one())
+    size += int(connection.execute(_kept(tenant, total, (State.READY,))).scalar_one())
     if limit is not None and size > limit:
         message = f"the adapters of {tenant} would take {size} bytes; its limit is {limit}"
         raise ServiceError(ErrorKind.ADAPTER_QUOTA, message)

@@ -7,8 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from sqlalchemy import Row, insert, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection, Row, insert, update
 
 from server.catalogue.records import AuditEntry
 from server.catalogue.tables import audit_entries, audit_head
@@ -25,17 +24,17 @@ def entry_hash(entry: AuditEntry, previous: str) -> str:
     return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 
-async def lock(connection: AsyncConnection) -> None:
+def lock(connection: Connection) -> None:
     """Make this transaction the only one that writes. It has to be its first statement.
 
     The newest entry cannot change from now on, so that the connection keeps what `append` needs of it.
     """
     locked = update(audit_head).values(id=1).returning(audit_head.c.number, audit_head.c.hash)
-    connection.info[HEAD] = (await connection.execute(locked)).one()
+    connection.info[HEAD] = connection.execute(locked).one()
 
 
-async def append(
-    connection: AsyncConnection,
+def append(
+    connection: Connection,
     *,
     time: int,
     actor: str,
@@ -48,8 +47,8 @@ async def append(
     text = json.dumps(detail, sort_keys=True)
     entry = AuditEntry(newest + 1, time, actor, action, subject, text, "")
     hashed = entry_hash(entry, previous)
-    await connection.execute(insert(audit_entries), vars(entry) | {"hash": hashed})
-    await connection.execute(update(audit_head), {"number": entry.number, "hash": hashed})
+    connection.execute(insert(audit_entries), vars(entry) | {"hash": hashed})
+    connection.execute(update(audit_head), {"number": entry.number, "hash": hashed})
     connection.info[HEAD] = entry.number, hashed
     return AuditEntry(**vars(entry) | {"hash": hashed})
 

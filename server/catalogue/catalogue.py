@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from sqlalchemy import URL, Row, insert, select, update
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import URL, Connection, Row, insert, select, update
 
 from server.catalogue import audit, tokens
-from server.catalogue.database import connect
 from server.catalogue.records import ApiKey, AuditEntry, Quota, Scope, Tenant
 from server.catalogue.tables import api_keys, audit_entries, audit_head, tenants
+from server.catalogue.transactions import Transactions, reads, writes
 from server.errors import ErrorKind, ServiceError
 
 LABEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -29,12 +26,13 @@ class Catalogue:
     """Tenants, API keys and the audit log. Raises ServiceError: 503 while the database cannot be reached."""
 
     def __init__(self, url: URL, pepper: str, clock: Callable[[], float] = time.time) -> None:
-        self._engine = connect(url)
+        self.transactions = Transactions(url)
         self._pepper = pepper
         self._clock = clock
 
     async def close(self) -> None:
-        await self._engine.dispose()
+        """Wait for the transactions under way."""
+        await asyncio.to_thread(self.transactions.close)
 
     def now(self) -> int:
         """Seconds since the epoch."""
@@ -44,29 +42,33 @@ class Catalogue:
         """Whether a token is that of a key."""
         return tokens.matches(token, self._pepper, key.digest)
 
-    async def set_tenant(self, name: str, quota: Mapping[str, int | None], *, actor: str) -> Tenant:
+    @writes
+    def set_tenant(
+        self, connection: Connection, name: str, quota: Mapping[str, int | None], *, actor: str
+    ) -> Tenant:
         """Create a tenant, or change the limits that are given."""
         _check_label(name, "tenant")
-        async with self.writing() as connection:
-            known = await _tenant(connection, name)
-            if known is None:
-                row = {"name": name, "created": self.now(), **quota}
-                await connection.execute(insert(tenants).values(row))
-            elif quota:
-                await connection.execute(update(tenants).where(tenants.c.name == name).values(quota))
-            action = "tenant.create" if known is None else "tenant.change"
-            await self.append(connection, actor, action, f"tenant:{name}", quota)
-            tenant = await _tenant(connection, name)
+        known = _tenant(connection, name)
+        if known is None:
+            row = {"name": name, "created": self.now(), **quota}
+            connection.execute(insert(tenants).values(row))
+        elif quota:
+            connection.execute(update(tenants).where(tenants.c.name == name).values(quota))
+        action = "tenant.create" if known is None else "tenant.change"
+        self.append(connection, actor, action, f"tenant:{name}", quota)
+        tenant = _tenant(connection, name)
         assert tenant is not None
         return tenant
 
-    async def tenants(self) -> list[Tenant]:
+    @reads
+    def tenants(self, connection: Connection) -> list[Tenant]:
         """Every tenant, by name."""
-        async with self.reading() as connection:
-            return [_to_tenant(row) for row in await connection.execute(select(tenants).order_by("name"))]
+        return [_to_tenant(row) for row in connection.execute(select(tenants).order_by("name"))]
 
-    async def create_key(
+    @writes
+    def create_key(
         self,
+        connection: Connection,
         tenant: str,
         scopes: frozenset[Scope],
         *,
@@ -87,108 +89,92 @@ class Catalogue:
             _refuse(ErrorKind.INVALID_REQUEST, "the key would have expired already", "expires")
         key_id, token = tokens.new_token()
         key = ApiKey(key_id, tenant, name, tokens.digest(token, self._pepper), scopes, now, expires, None)
-        async with self.writing() as connection:
-            if await _tenant(connection, tenant) is None:
-                message = f"no tenant is named {tenant!r}: create it first"
-                _refuse(ErrorKind.TENANT_NOT_FOUND, message, "tenant")
-            named = (api_keys.c.tenant == tenant) & (api_keys.c.name == name)
-            others = [_to_key(row) for row in await connection.execute(select(api_keys).where(named))]
-            live = [other.id for other in others if other.state(now) == "live"]
-            if len(live) >= MAX_LIVE:
-                message = f"{tenant} has {len(live)} live keys named {name!r} ({', '.join(live)}): revoke one"
-                _refuse(ErrorKind.TOO_MANY_KEYS, message, "name")
-            spelled = vars(key) | {"scopes": " ".join(sorted(scopes))}
-            await connection.execute(insert(api_keys).values(spelled))
-            detail = {"tenant": tenant, "name": name, "scopes": sorted(scopes), "expires": expires}
-            await self.append(connection, actor, "key.create", f"key:{key_id}", detail)
+        if _tenant(connection, tenant) is None:
+            message = f"no tenant is named {tenant!r}: create it first"
+            _refuse(ErrorKind.TENANT_NOT_FOUND, message, "tenant")
+        named = (api_keys.c.tenant == tenant) & (api_keys.c.name == name)
+        others = [_to_key(row) for row in connection.execute(select(api_keys).where(named))]
+        live = [other.id for other in others if other.state(now) == "live"]
+        if len(live) >= MAX_LIVE:
+            message = f"{tenant} has {len(live)} live keys named {name!r} ({', '.join(live)}): revoke one"
+            _refuse(ErrorKind.TOO_MANY_KEYS, message, "name")
+        spelled = vars(key) | {"scopes": " ".join(sorted(scopes))}
+        connection.execute(insert(api_keys).values(spelled))
+        detail = {"tenant": tenant, "name": name, "scopes": sorted(scopes), "expires": expires}
+        self.append(connection, actor, "key.create", f"key:{key_id}", detail)
         return key, token
 
-    async def keys(self, tenant: str | None = None) -> list[ApiKey]:
+    @reads
+    def keys(self, connection: Connection, tenant: str | None = None) -> list[ApiKey]:
         """Every key, or those of one tenant, the newest last."""
         query = select(api_keys).order_by(api_keys.c.created, api_keys.c.id)
         if tenant is not None:
             query = query.where(api_keys.c.tenant == tenant)
-        async with self.reading() as connection:
-            return [_to_key(row) for row in await connection.execute(query)]
+        return [_to_key(row) for row in connection.execute(query)]
 
-    async def revoke(self, key_id: str, *, actor: str) -> ApiKey:
+    @writes
+    def revoke(self, connection: Connection, key_id: str, *, actor: str) -> ApiKey:
         """End a key for good. Revoking it again changes nothing."""
-        async with self.writing() as connection:
-            found = await _key(connection, key_id) if tokens.is_key_id(key_id) else None
-            if found is None:
-                _refuse(ErrorKind.KEY_NOT_FOUND, f"no key has the id {key_id!r}", "key")
-            if found.revoked is None:
-                row = update(api_keys).where(api_keys.c.id == key_id).values(revoked=self.now())
-                await connection.execute(row)
-                detail = {"tenant": found.tenant, "name": found.name}
-                await self.append(connection, actor, "key.revoke", f"key:{key_id}", detail)
-                found = await _key(connection, key_id)
+        found = _key(connection, key_id) if tokens.is_key_id(key_id) else None
+        if found is None:
+            _refuse(ErrorKind.KEY_NOT_FOUND, f"no key has the id {key_id!r}", "key")
+        if found.revoked is None:
+            row = update(api_keys).where(api_keys.c.id == key_id).values(revoked=self.now())
+            connection.execute(row)
+            detail = {"tenant": found.tenant, "name": found.name}
+            self.append(connection, actor, "key.revoke", f"key:{key_id}", detail)
+            found = _key(connection, key_id)
         assert found is not None
         return found
 
-    async def find_key(self, key_id: str) -> tuple[ApiKey, Tenant] | None:
+    @reads
+    def find_key(self, connection: Connection, key_id: str) -> tuple[ApiKey, Tenant] | None:
         """A key and its tenant."""
-        async with self.reading() as connection:
-            key = await _key(connection, key_id)
-            tenant = await _tenant(connection, key.tenant) if key else None
+        key = _key(connection, key_id)
+        tenant = _tenant(connection, key.tenant) if key else None
         return (key, tenant) if key and tenant else None
 
-    async def record(self, actor: str, action: str, subject: str, detail: Mapping[str, Any]) -> None:
+    @writes
+    def record(
+        self, connection: Connection, actor: str, action: str, subject: str, detail: Mapping[str, Any]
+    ) -> None:
         """Add an audit entry for what happened elsewhere."""
-        async with self.writing() as connection:
-            await self.append(connection, actor, action, subject, detail)
+        self.append(connection, actor, action, subject, detail)
 
-    async def last_entry(self) -> int:
+    @reads
+    def last_entry(self, connection: Connection) -> int:
         """The number of the newest audit entry; 0 where there is none."""
-        async with self.reading() as connection:
-            number: int = (await connection.execute(select(audit_head.c.number))).scalar_one()
-            return number
+        number: int = connection.execute(select(audit_head.c.number)).scalar_one()
+        return number
 
-    async def entries(self, after: int = 0, limit: int | None = None) -> list[AuditEntry]:
+    @reads
+    def entries(self, connection: Connection, after: int = 0, limit: int | None = None) -> list[AuditEntry]:
         """Audit entries after the one of a number, oldest first."""
         query = select(audit_entries).where(audit_entries.c.number > after).order_by("number").limit(limit)
-        async with self.reading() as connection:
-            return list(audit.entries_of(await connection.execute(query)))
+        return list(audit.entries_of(connection.execute(query)))
 
-    async def verify(self) -> tuple[int, str, str | None]:
+    @writes
+    def verify(self, connection: Connection) -> tuple[int, str, str | None]:
         """Number and hash of the newest audit entry, and what is wrong with the log, if anything is."""
-        async with self.writing() as connection:
-            number, newest = (await connection.execute(select(audit_head.c.number, audit_head.c.hash))).one()
-            rows = await connection.execute(select(audit_entries).order_by("number"))
-            return number, newest, audit.first_broken(audit.entries_of(rows), (number, newest))
+        number, newest = connection.execute(select(audit_head.c.number, audit_head.c.hash)).one()
+        rows = connection.execute(select(audit_entries).order_by("number"))
+        return number, newest, audit.first_broken(audit.entries_of(rows), (number, newest))
 
-    @asynccontextmanager
-    async def reading(self) -> AsyncIterator[AsyncConnection]:
-        """A connection for queries."""
-        try:
-            async with self._engine.connect() as connection:
-                yield connection
-        except (OperationalError, InterfaceError, PoolTimeout) as error:
-            message = "the catalogue cannot be reached; try again"
-            raise ServiceError(ErrorKind.CATALOGUE_DOWN, message, retry_after=5) from error
-
-    @asynccontextmanager
-    async def writing(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that no other writer overlaps."""
-        async with self.reading() as connection, connection.begin():
-            await audit.lock(connection)
-            yield connection
-
-    async def append(
-        self, connection: AsyncConnection, actor: str, action: str, subject: str, detail: Mapping[str, Any]
+    def append(
+        self, connection: Connection, actor: str, action: str, subject: str, detail: Mapping[str, Any]
     ) -> None:
         """Add an audit entry to the transaction of a change."""
         now = self.now()
-        await audit.append(connection, time=now, actor=actor, action=action, subject=subject, detail=detail)
+        audit.append(connection, time=now, actor=actor, action=action, subject=subject, detail=detail)
 
 
-async def _tenant(connection: AsyncConnection, name: str) -> Tenant | None:
-    row = (await connection.execute(select(tenants).where(tenants.c.name == name))).one_or_none()
+def _tenant(connection: Connection, name: str) -> Tenant | None:
+    row = connection.execute(select(tenants).where(tenants.c.name == name)).one_or_none()
     return None if row is None else _to_tenant(row)
 
 
-async def _key(connection: AsyncConnection, key_id: str) -> ApiKey | None:
-    row = (await connection.execute(select(api_keys).where(api_keys.c.id == key_id))).one_or_none()
+def _key(connection: Connection, key_id: str) -> ApiKey | None:
+    row = connection.execute(select(api_keys).where(api_keys.c.id == key_id)).one_or_none()
     return None if row is None else _to_key(row)
 
 

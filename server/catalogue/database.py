@@ -14,23 +14,26 @@ from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from server.errors import ErrorKind, ServiceError
 
 MIGRATIONS = Path(__file__).with_name("migrations")
+CONNECTIONS = 8
+"""Of one process to the database."""
 BUSY_SECONDS = 10
 """How long a connection waits for a writer in another process."""
 IMMEDIATE = "IMMEDIATE"
 
 
-def connect(url: URL) -> AsyncEngine:
-    """A pool of connections for an event loop."""
-    driver = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}[url.drivername]
+def connect(url: URL) -> Engine:
+    """A pool of connections for as many threads."""
     # A connection to a server may have ended while it was in the pool; one to a file does not.
     remote = url.drivername != "sqlite"
-    engine = create_async_engine(url.set(drivername=driver), pool_pre_ping=remote, **_options(url))
-    _prepare(engine.sync_engine)
+    sizes = {"pool_size": CONNECTIONS, "max_overflow": 0}
+    engine = create_engine(_with_driver(url), pool_pre_ping=remote, **sizes, **_options(url))
+    _prepare(engine)
+    if remote:
+        event.listen(engine, "connect", _bound_waits)
     return engine
 
 
@@ -65,7 +68,7 @@ def schema_revisions(url: URL) -> tuple[str | None, str]:
 @contextmanager
 def _opened(url: URL) -> Iterator[Engine]:
     """Connections of this thread, and what is wrong with a database or its schema as a ServiceError."""
-    engine = create_engine(_sync(url), **_options(url))
+    engine = create_engine(_with_driver(url), **_options(url))
     try:
         yield engine
     except DBAPIError as error:
@@ -90,7 +93,7 @@ def _newer() -> ServiceError:
     return ServiceError(ErrorKind.CATALOGUE_DOWN, "the catalogue was made by a newer version of molex-serve")
 
 
-def _sync(url: URL) -> URL:
+def _with_driver(url: URL) -> URL:
     return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
 
 
@@ -98,6 +101,13 @@ def _options(url: URL) -> dict[str, Any]:
     if url.drivername == "sqlite":
         return {"connect_args": {"timeout": BUSY_SECONDS}}
     return {"connect_args": {"connect_timeout": BUSY_SECONDS}}
+
+
+def _bound_waits(connection: Any, _: object) -> None:
+    """For a lock of PostgreSQL, as `_options` does it for SQLite."""
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET lock_timeout = '{BUSY_SECONDS}s'")
+    connection.commit()
 
 
 def _prepare(engine: Engine) -> None:

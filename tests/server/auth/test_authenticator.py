@@ -11,6 +11,7 @@ from server.auth.authenticator import CACHED_KEYS, RECORDED_REFUSALS, Authentica
 from server.catalogue.catalogue import Catalogue
 from server.catalogue.changes import Changes
 from server.catalogue.records import Quota, Scope
+from server.catalogue.url import parse_url
 from server.errors import ErrorKind, ServiceError
 from tests.server.conftest import PEPPER
 
@@ -200,7 +201,7 @@ def test_while_the_database_is_down_known_keys_stay_good(scene, monkeypatch):
         _, known = await catalogue.create_key("acme", INFER, actor="test")
         _, unknown = await catalogue.create_key("acme", INFER, actor="test")
         await authenticator.identify(f"Bearer {known}")
-        down = Catalogue(catalogue._engine.url.set(drivername="postgresql", host="127.0.0.1", port=1), PEPPER)
+        down = Catalogue(parse_url("postgresql://molex@127.0.0.1:1/none"), PEPPER)
         for name in ("find_key", "record"):
             monkeypatch.setattr(catalogue, name, getattr(down, name))
         caller = await authenticator.identify(f"Bearer {known}")

@@ -50,9 +50,9 @@ def test_the_secret_is_nowhere_in_the_database(using, url):
     async def work(catalogue):
         await with_tenant(catalogue)
         _, token = await catalogue.create_key("acme", INFER, actor="test")
-        async with catalogue._engine.connect() as connection:
+        with catalogue.transactions._engine.connect() as connection:
             rows = [
-                str((await connection.execute(sa.text(f"SELECT * FROM {table}"))).all())
+                str(connection.execute(sa.text(f"SELECT * FROM {table}")).all())
                 for table in ("api_keys", "audit_entries", "tenants")
             ]
         return token, rows
