@@ -104,6 +104,12 @@ class BaseQueue(Generic[S]):
         self.waiting: FairQueue[S] = FairQueue(tenant_share, max_sequences, clock)
         self.running: list[S] = []
         self.partial: S | None = None
+        self._gave_way = False
+
+    @property
+    def in_background(self) -> bool:
+        """Whether a prompt runs in parts because others should not wait for it."""
+        return self.partial is not None and self.partial.in_parts
 
     @property
     def started(self) -> list[S]:
@@ -178,14 +184,19 @@ class BaseQueue(Generic[S]):
 
     def take_part(self, room: Room) -> int:
         """How much of the prompt that runs in parts is for this step; 0 where there is none."""
-        if self.partial is None:
+        if self.partial is None or (self.in_background and self._gives_way()):
             return 0
-        share = PART_TOKENS if self.partial.in_parts else room.tokens
+        share = PART_TOKENS if self.in_background else room.tokens
         if self.waiting.yields(self.partial.tenant):
             share = min(share, self.waiting.share(self.partial.tenant))
         tokens = min(self.partial.num_new_tokens, max(1, share))
         room.tokens -= tokens
         return tokens
+
+    def _gives_way(self) -> bool:
+        """Whether this step is left to those who are not to wait: every other one, as long as some run."""
+        self._gave_way = bool(self.awake) and not self._gave_way
+        return self._gave_way
 
 
 class Scheduler(Generic[S]):
@@ -287,16 +298,16 @@ class Scheduler(Generic[S]):
 
     def _batch(self, base: str, queue: BaseQueue[S]) -> Batch[S]:
         room = queue.begin_step(self._max_batch_tokens)
-        part_tokens = queue.take_part(room)
+        part_tokens = 0 if queue.in_background else queue.take_part(room)
         queue.take_prompts(room)
         part_tokens = part_tokens or queue.take_part(room)
-        partial = () if queue.partial is None else (queue.partial,)
+        partial = (queue.partial,) if queue.partial is not None and part_tokens else ()
         return Batch(base, (*queue.awake, *partial), part_tokens)
 
     def postprocess(self, batch: Batch[S]) -> None:
         """Retire the sequences that ended in this step."""
         queue = self._queues[batch.base]
-        if queue.partial is not None and not queue.partial.is_paused:
+        if batch.part_tokens and queue.partial is not None and not queue.partial.is_paused:
             queue.running.append(queue.partial)
             queue.partial = None
         queue.running = [sequence for sequence in queue.running if not sequence.finished]

@@ -155,6 +155,6 @@ def _read_regular(folder: int, name: str, max_bytes: int) -> bytes:
             message = f"{name}: has {found.st_size} bytes; max_adapter_bytes is {max_bytes}"
             raise ServiceError(ErrorKind.TOO_LARGE, message, param=name)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read(max_bytes)
+            return file.read(found.st_size)
     finally:
         os.close(descriptor)

@@ -18,6 +18,7 @@ from server.registry.registry import UPLOAD, Registry
 from server.registry.remote import is_remote
 from server.registry.warm_up import warm_up
 from server.served import tenant_of
+from server.sources import Fitted
 
 log = logging.getLogger(__name__)
 
@@ -189,8 +190,7 @@ class Loads:
 
     async def _load(self, request: Request, version: Version) -> None:
         registry, store = self._registry, self._engine.adapters
-        files, source = await self._files(request)
-        base, adapter, imprint = await self._engine.loader.run(store.sources.fit, files, request.base)
+        files, source, (base, adapter, imprint) = await self._read(request)
         store.check_room(request.name, adapter.nbytes, pinned=request.pinned)
         await warm_up(self._engine, base, adapter, tenant_of(request.name))
         with registry.hold(files.digest):
@@ -206,21 +206,27 @@ class Loads:
             store.keep(served, adapter)
             store.count_load(served)
 
-    async def _files(self, request: Request) -> tuple[AdapterFiles, str]:
-        """The files of a version, and its source from now on. Raises ServiceError."""
-        registry, loader = self._registry, self._engine.loader
-        if request.digest is not None:
+    async def _read(self, request: Request) -> tuple[AdapterFiles, str, Fitted]:
+        """The files of a version, its source from now on, and the adapter in them. Raises ServiceError."""
+        loader, sources = self._engine.loader, self._engine.adapters.sources
+        if request.digest is None and is_remote(request.source):
+            files, source = await self._registry.fetch(request.source)
+            return files, source, await loader.run(sources.fit, files, request.base)
+        files, fitted = await loader.run(self._read_local, request)
+        return files, request.source, fitted
+
+    def _read_local(self, request: Request) -> tuple[AdapterFiles, Fitted]:
+        """Files of the storage, or of a folder that a caller has named, and the adapter in them; blocks."""
+        sources = self._engine.adapters.sources
+        if request.digest is None:
+            folder = sources.resolve(request.source, tenant_of(request.name))
+            files = sources.copy(folder, self._engine.settings.max_adapter_bytes)
+        else:
             try:
-                files = await loader.run(read_files, registry.storage.path(request.digest))
+                files = read_files(self._registry.storage.path(request.digest))
             except AdapterError as error:
                 raise ServiceError(ErrorKind.BAD_ADAPTER, str(error), param=error.subject) from error
-            return files, request.source
-        if is_remote(request.source):
-            return await registry.fetch(request.source)
-        sources = self._engine.adapters.sources
-        folder = await loader.run(sources.resolve, request.source, tenant_of(request.name))
-        limit = self._engine.settings.max_adapter_bytes
-        return await loader.run(sources.copy, folder, limit), request.source
+        return files, sources.fit(files, request.base)
 
     async def _failed(self, request: Request, version: Version, error: ServiceError) -> None:
         registry = self._registry

@@ -17,14 +17,14 @@ FIRST = -(2**31) - 1
 async def warm_up(engine: Engine, base: str, adapter: Adapter, tenant: str | None) -> None:
     """Run a short text through an adapter on the worker, the first of what waits of its tenant.
 
-    It runs some depths a step: requests that come meanwhile wait for these alone, and take the next step with
-    it. A full queue does not refuse it: there are no more warm-ups than loads at a time.
+    It runs some depths a step, and leaves every other step to the requests that are there: these wait for few
+    of them. A full queue does not refuse it: there are no more warm-ups than loads at a time.
 
     Raises ServiceError (400) where that fails or gives a number that is not finite.
     """
     deadline = asyncio.get_running_loop().time() + engine.settings.max_request_seconds
-    encode = engine.bases[base].tokenization.encode
-    [prompt] = await engine.in_pool(deadline, encode, [TEXT], "text", truncate=True)
+    # A text this short is tokenized sooner than a thread is asked to.
+    [prompt] = engine.bases[base].tokenization.encode([TEXT], "text", truncate=True)
     sequence = Sequence(
         base,
         adapter,

@@ -73,11 +73,21 @@ def test_who_comes_while_something_short_runs_in_parts_waits_for_one_of_them():
     target.add([background])
     assert step(target) == [background]
     target.add([other])
-    assert step(target) == [other, background]
-    assert (other.finished, background.run) == (True, 2 * PART_TOKENS)
+    assert step(target) == [other]
+    assert (other.finished, background.run) == (True, PART_TOKENS)
+    assert step(target) == [background]
     assert step(target) == [background]
     assert background.finished
     assert target.schedule() is None
+
+
+def test_what_gives_way_to_others_takes_part_in_every_other_step():
+    target, decoding, background = scheduler(), Work(1, outputs=9), Work(3 * PART_TOKENS, in_parts=True)
+    target.add([decoding, background])
+    batches = [step(target) for _ in range(6)]
+    assert batches == [[decoding], [decoding, background]] * 3
+    assert background.finished
+    assert step(target) == [decoding]
 
 
 def test_one_short_prompt_runs_in_parts_at_a_time():
