@@ -8,6 +8,7 @@ from benchmarks.bench_adapter_load import (
     BESIDE_FIRST,
     BESIDE_LOADS,
     BESIDE_MORE,
+    DISK,
     FIRST,
     LOADS,
     QUIET,
@@ -29,8 +30,9 @@ def test_figures_compare_tails():
         BESIDE_FIRST: Times(neighbours=[0.022] * 100, loads=[0.050] * 100),
         BESIDE_MORE: Times(neighbours=[0.020] * 100, loads=quick),
         LOADS: Times(loads=[0.005] * 98 + [0.055] * 2),
+        DISK: Times(loads=[0.002] * 98 + [0.500] * 2),
         FIRST: Times(loads=[0.030] * 100),
     }
     figures = figures_of(times, "setting")
-    assert [figure.value for figure in figures] == pytest.approx([55, 20, 30, 50, 1.2, 1.1])
-    assert [figure.held for figure in figures] == [False, True, True, True, False, True]
+    assert [figure.value for figure in figures] == pytest.approx([55, 20, 500, 30, 50, 1.2, 1.1])
+    assert [figure.held for figure in figures] == [False, True, True, True, True, False, True]
