@@ -37,6 +37,9 @@ from molex.native.weights import Bits
 from molex.packing import Indices, Packed
 from molex.stage import Stage
 
+Backend = Literal["auto", "torch", "kernels"]
+"""What is to run the layers."""
+
 
 @dataclass(frozen=True)
 class BaseSpec:
@@ -96,6 +99,8 @@ class Backbone:
         self.modules = stock.modules
         self.num_layers = len(blocks)
         self.layers: Layers = stock
+        self.runs_on = "PyTorch"
+        """What runs the layers, in words, and where it is PyTorch, why."""
 
     @classmethod
     def from_pretrained(
@@ -158,30 +163,40 @@ class Backbone:
         """Of all weights, in memory."""
         return self._outside_layers + self.layers.nbytes
 
-    def prepack(self, bits: Bits | None = None, routed_bits: Bits | None = None) -> None:
+    def prepack(
+        self, bits: Bits | None = None, routed_bits: Bits | None = None, backend: Backend = "auto"
+    ) -> None:
         """Lay the weights of all layers out for inference; no gradients afterwards.
 
-        They run on the kernels of `molex/native` where the CPU has what those need, as grouped products on a
-        GPU in bfloat16 (`molex/grouped`), else as in `molex/prepack.py`. With `bits` all layers have weights
-        in so many, with `routed_bits` those of the routed branch, which are a second copy then. Raises
-        BaseModelError where only the kernels could do that, and they cannot run.
+        By themselves they run on the kernels of `molex/native` where the CPU has what those need, as grouped
+        products on a GPU in bfloat16 (`molex/grouped`), else as in `molex/prepack.py`, which the backend
+        "torch" takes in any case. With `bits` all layers have weights in so many, with `routed_bits` those of
+        the routed branch, which are a second copy then. Raises BaseModelError where these or the backend
+        "kernels" ask for the kernels, and they cannot run.
         """
         stock = self.layers
         if not isinstance(stock, StockLayers):
             return
         fewest: Bits | None = 4 if 4 in (bits, routed_bits) else bits or routed_bits
-        why_not = why_not_natively(stock, self.family, self.config, fewest)
+        why_not: str | None = "are not used with the backend torch"
+        if backend != "torch":
+            why_not = why_not_natively(stock, self.family, self.config, fewest)
         if why_not is None:
             self.layers = NativeLayers(stock, self.family, self.config, bits, routed_bits or bits)
+            self.runs_on = "the kernels"
             release(stock.blocks)
             self._pack_vocabulary()
         elif fewest is not None:
             raise BaseModelError(f"{fewest}-bit weights need the kernels, which {why_not}")
-        elif can_group(stock):
+        elif backend == "kernels":
+            raise BaseModelError(f"the kernels cannot run the layers: they {why_not}")
+        elif backend == "auto" and can_group(stock):
             self.layers = GroupedLayers(stock, self.family, self.config)
+            self.runs_on = "grouped products"
             release(stock.blocks)
         else:
             stock.prepack()
+            self.runs_on = f"PyTorch: the kernels {why_not}"
 
     def _pack_vocabulary(self) -> None:
         """Have the kernels run the language model head, in the precision of hidden states."""

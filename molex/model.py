@@ -18,7 +18,7 @@ from torch import Tensor
 
 from molex.adapter import BARE, Adapter
 from molex.adapter_file import read_adapter
-from molex.backbone import Backbone, BaseSpec
+from molex.backbone import Backbone, Backend, BaseSpec
 from molex.bank import AdapterBank
 from molex.decoding import Decoding, can_decode, is_decoding
 from molex.errors import InputError
@@ -82,12 +82,14 @@ class MolexModel:
         """
         return cls(Backbone.from_pretrained(base, dtype, device, routed_dtype))
 
-    def prepack(self, bits: Bits | None = None, routed_bits: Bits | None = None) -> None:
+    def prepack(
+        self, bits: Bits | None = None, routed_bits: Bits | None = None, backend: Backend = "auto"
+    ) -> None:
         """Lay the base's weights out for speed where the CPU gains from it; no training afterwards.
 
-        See `Backbone.prepack` for weights in 8 or 4 bits.
+        See `Backbone.prepack` for weights in 8 or 4 bits, and for what may run the layers.
         """
-        self.backbone.prepack(bits, routed_bits)
+        self.backbone.prepack(bits, routed_bits, backend)
 
     def use_bank(self, max_bytes: int) -> None:
         """Keep factors of adapters in an `AdapterBank` from now on, where PyTorch runs the layers.
@@ -123,6 +125,11 @@ class MolexModel:
     def on_kernels(self) -> bool:
         """Whether the kernels run the layers."""
         return isinstance(self.backbone.layers, NativeLayers)
+
+    @property
+    def runs_on(self) -> str:
+        """What runs the layers, in words, and where it is PyTorch, why."""
+        return self.backbone.runs_on
 
     @property
     def bank_bytes(self) -> int:

@@ -18,7 +18,8 @@ def _inventory(engine: Engine, refused: Mapping[str, str]) -> Iterator[str]:
     for base in engine.bases.values():
         spec = base.model.spec
         where = "" if base.model.device.type == "cpu" else f" on {base.model.device}"
-        yield f"  {base.name}: {spec.model_type}, {spec.num_layers} layers, {base.model.dtype}{where}"
+        model = f"{spec.model_type}, {spec.num_layers} layers, {base.model.dtype}{where}"
+        yield f"  {base.name}: {model}, runs on {base.model.runs_on}"
     yield "Adapters"
     for served in engine.adapters.all():
         config = served.config

@@ -40,7 +40,10 @@ def load_base(name: str, source: str, settings: Settings) -> Base:
     """
     precision, device = choose_precision(settings), _device(name, settings)
     model = MolexModel.from_pretrained(source, precision.own, device, routed_dtype=precision.routed)
-    model.prepack(precision.bits, precision.routed_bits)
+    try:
+        model.prepack(precision.bits, precision.routed_bits, settings.backend)
+    except BaseModelError as error:
+        raise BaseModelError(f"base {name!r}: {error}") from error
     model.use_bank(settings.max_bank_bytes)
     model.warm_up(min(WARM_ROWS, settings.max_batch_tokens))
     tokenization = Tokenization.from_pretrained(source, model.spec, max_length=settings.max_length)

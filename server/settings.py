@@ -124,6 +124,12 @@ class Settings(CatalogueSettings):
         "cpu",
         description="What runs the base models: cpu, or cuda for an NVIDIA GPU, cuda:1 for the second.",
     )
+    backend: Literal["auto", "torch", "kernels"] = Field(
+        "auto",
+        description="What runs the layers. kernels: this project's own, which need a CPU with AVX-512 and, "
+        "at the first start, a C++ compiler; torch: PyTorch, layer by layer; auto: kernels where they can, "
+        "PyTorch elsewhere, with the layers of a depth together on a GPU.",
+    )
     precision: Literal["auto", "fp32", "bf16", "int8", "fp64", "mixed"] = Field(
         "fp32",
         description="Precision of the base models. int8: weights of layers in 8 bits, all else in bf16 where "

@@ -18,7 +18,6 @@ from transformers.utils import logging
 
 from molex.errors import BaseModelError, MolexError
 from molex.model import MolexModel
-from molex.native.layers import NativeLayers
 from server.adapters import AdapterStore
 from server.base import load_base
 from server.catalogue.database import schema_revisions
@@ -133,8 +132,8 @@ def _served(settings: Settings) -> Iterator[Finding]:
         models[name] = model
         took = time.perf_counter() - begin
         layers = f"{model.spec.model_type}, {model.spec.num_layers} layers"
-        where = "the kernels" if isinstance(model.backbone.layers, NativeLayers) else "PyTorch"
-        fact = f"{name}: {layers} on {where}, {model.nbytes / GIB:.2f} GiB, loaded in {took:.1f} s"
+        size = f"{model.nbytes / GIB:.2f} GiB"
+        fact = f"{name}: {layers}, {size}, loaded in {took:.1f} s, runs on {model.runs_on}"
         yield Finding("base", fact)
     if settings.adapters is not None and len(models) == len(settings.bases):
         yield _adapters(settings, settings.adapters, models)

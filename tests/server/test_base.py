@@ -21,3 +21,17 @@ def test_a_gpu_that_is_not_there_is_named(device, found, base_folder, monkeypatc
 def test_the_cpu_needs_no_looking_for(base_folder):
     settings = Settings(bases=[f"a={base_folder('bert')}"])
     assert load_base("a", str(base_folder("bert")), settings).model.device == torch.device("cpu")
+
+
+def test_the_backend_that_is_asked_for_runs_the_layers(base_folder):
+    folder = str(base_folder("bert"))
+    model = load_base("a", folder, Settings(bases=[f"a={folder}"], backend="torch")).model
+    assert not model.on_kernels
+    assert model.runs_on.startswith("PyTorch")
+
+
+def test_a_base_that_the_backend_cannot_run_is_named(base_folder):
+    folder = str(base_folder("bert"))
+    settings = Settings(bases=[f"a={folder}"], backend="kernels", precision="fp64")
+    with pytest.raises(BaseModelError, match="base 'a': the kernels cannot run the layers: they "):
+        load_base("a", folder, settings)

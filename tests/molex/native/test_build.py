@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from molex import MolexModel
+from molex.errors import BaseModelError
 from molex.layers import StockLayers
 from molex.native import build
 from tests.molex.native.kernels import CPU, needs_kernels
@@ -65,4 +66,29 @@ def test_without_the_kernels_layers_run_on_pytorch(base_folder, monkeypatch):
     model = MolexModel.from_pretrained(base_folder("roberta"))
     model.prepack()
     assert isinstance(model.backbone.layers, StockLayers)
+    assert model.runs_on == "PyTorch: the kernels need a CPU with AVX-512"
     assert model([[5, 6]]).logits[0].shape == (2, model.spec.hidden_size)
+
+
+def test_who_asks_for_the_kernels_gets_nothing_else(base_folder, monkeypatch):
+    monkeypatch.setattr(build, "why_not", lambda dtype, device: "need a CPU with AVX-512")
+    model = MolexModel.from_pretrained(base_folder("roberta"))
+    with pytest.raises(BaseModelError, match="cannot run the layers: they need a CPU with AVX-512"):
+        model.prepack(backend="kernels")
+
+
+def test_who_asks_for_pytorch_gets_nothing_else(base_folder):
+    model = MolexModel.from_pretrained(base_folder("roberta"))
+    with pytest.raises(BaseModelError, match=r"8-bit weights need the kernels, .* with the backend torch"):
+        model.prepack(bits=8, backend="torch")
+    model.prepack(backend="torch")
+    assert isinstance(model.backbone.layers, StockLayers)
+    assert model.runs_on == "PyTorch: the kernels are not used with the backend torch"
+
+
+@needs_kernels
+def test_what_runs_the_layers_by_itself_is_the_kernels(base_folder):
+    model = MolexModel.from_pretrained(base_folder("roberta"))
+    model.prepack()
+    assert model.on_kernels
+    assert model.runs_on == "the kernels"

@@ -38,7 +38,8 @@ def test_a_machine_that_would_serve_is_told_so(doctor, adapters_folder):
     told = lines(result)
     assert told["catalogue"] == "none: callers need no keys"
     assert told["listener"] == "127.0.0.1 port of its choice is free"
-    assert told["base"].startswith("enc: roberta, 5 layers on ")
+    assert told["base"].startswith("enc: roberta, 5 layers, ")
+    assert "runs on " in told["base"]
     # Those for the decoder are refused, as at a start, and the rest is served.
     assert told["adapters"].startswith(f"3 can be served from {adapters_folder}; judge is refused: ")
     assert len(result.stdout.splitlines()) < 24
