@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from threading import Condition, Thread
 from time import perf_counter
 from typing import ParamSpec, TypeVar
@@ -65,6 +66,9 @@ class Engine:
         self.loader = Loader(adapters, metrics, threads=settings.pool_threads)
         adapters.watch_use(lambda: self._adapters_in_use(bases))
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._idle = asyncio.Event()
+        """Set and cleared on the event loop, as it learns of work and of its end."""
+        self._idle.set()
         for name in bases:
             self._report(name)
         metrics.watch_adapters(settings.max_resident_adapters, self._names_in_use)
@@ -131,9 +135,20 @@ class Engine:
             if self._heartbeat.stuck:
                 raise stuck_error()
             self._scheduler.add(sequences, beyond_limit=beyond_limit)
+            self._idle.clear()
             self._wake.notify()
         submission.expire_at(deadline)
         return submission
+
+    async def idle(self, at_most: float) -> None:
+        """Wait until the worker has nothing to do, for `at_most` so many seconds.
+
+        What is in no hurry begins then: a pass is as slow as the slowest of its threads, and so waits for
+        whatever else takes a CPU from it.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(at_most):
+                await self._idle.wait()
 
     def _cancel(self, sequences: Seq[Sequence]) -> None:
         for sequence in sequences:
@@ -204,9 +219,16 @@ class Engine:
         """Hand updates to the event loop, all of a step at once."""
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(_dispatch, list(updates))
+            self._loop.call_soon_threadsafe(self._dispatch, list(updates))
         except RuntimeError:
             log.warning("updates are lost: the event loop has closed")
+
+    def _dispatch(self, updates: Iterable[Update]) -> None:
+        for update in updates:
+            update.sequence.sink(update)
+        with self._wake:
+            if not self._scheduler.has_work:
+                self._idle.set()
 
     async def _watch_worker(self) -> None:
         while True:
@@ -225,7 +247,7 @@ class Engine:
         if left:
             log.critical("the worker thread is stuck; %d sequences get 503", len(left))
         self._cancel(left)
-        _dispatch(Update(sequence, error=stuck_error()) for sequence in left)
+        self._dispatch(Update(sequence, error=stuck_error()) for sequence in left)
 
     def _abandon(self) -> None:
         """Answer everything that is left, when the worker ends."""
@@ -277,8 +299,3 @@ class Engine:
                 "kv_cache": lambda: runner.cache_bytes,
             },
         )
-
-
-def _dispatch(updates: Iterable[Update]) -> None:
-    for update in updates:
-        update.sequence.sink(update)

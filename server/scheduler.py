@@ -236,6 +236,11 @@ class Scheduler(Generic[S]):
     def num_running(self, base: str) -> int:
         return len(self._queues[base].started)
 
+    @property
+    def has_work(self) -> bool:
+        """Whether anything waits or runs."""
+        return any(queue.has_work for queue in self._queues.values())
+
     def sequences(self, base: str) -> list[S]:
         """All that wait or run on a base."""
         queue = self._queues[base]

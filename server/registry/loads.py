@@ -20,6 +20,9 @@ from server.registry.warm_up import warm_up
 from server.served import tenant_of
 from server.sources import Fitted
 
+GAP_SECONDS = 0.05
+"""How long each stage of a load waits for a gap between the requests."""
+
 log = logging.getLogger(__name__)
 
 
@@ -134,6 +137,7 @@ class Loads:
 
     async def _begin(self, request: Request, actor: str) -> Load:
         registry = self._registry
+        await self._engine.idle(GAP_SECONDS)
         async with registry.changing:
             if load := self._loads.get(request.name):
                 if load.request == request:
@@ -194,7 +198,9 @@ class Loads:
         store.check_room(request.name, adapter.nbytes, pinned=request.pinned)
         await warm_up(self._engine, base, adapter, tenant_of(request.name))
         with registry.hold(files.digest):
+            await self._engine.idle(GAP_SECONDS)
             await self._engine.loader.run(registry.storage.put, files)
+            await self._engine.idle(GAP_SECONDS)
             async with registry.changing:
                 facts = _facts(base, adapter, files)
                 if not _is_kept(registry.records.get(request.name), facts):
@@ -212,6 +218,7 @@ class Loads:
         if request.digest is None and is_remote(request.source):
             files, source = await self._registry.fetch(request.source)
             return files, source, await loader.run(sources.fit, files, request.base)
+        await self._engine.idle(GAP_SECONDS)
         files, fitted = await loader.run(self._read_local, request)
         return files, request.source, fitted
 

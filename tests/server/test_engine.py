@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
+from concurrent.futures import Future
 
 import httpx
 import pytest
@@ -283,6 +285,23 @@ def test_what_is_urgent_runs_before_what_came_earlier(live, threads, brake):
     held.release()
     assert {future.result().status_code for future in (first, *asked)} == {200}
     assert [sequence.priority for [sequence] in held.batches[1:]] == [-2, 0, 0, 3]
+
+
+def test_what_is_in_no_hurry_waits_until_the_worker_is_idle_but_not_for_ever(live, threads, brake):
+    held = brake(live, "enc")
+    answer = threads.submit(live.classify, model="mood", input="w1")
+    held.until(lambda: len(held.batches) == 1)
+
+    def waiting_for_idle(at_most: float) -> Future[None]:
+        return asyncio.run_coroutine_threadsafe(live.engine.idle(at_most), live.engine._loop)
+
+    waiting_for_idle(0).result(60)
+    patient = waiting_for_idle(60)
+    assert live.http.get("/livez").status_code == 200
+    assert not patient.done()
+    held.release()
+    patient.result(60)
+    assert answer.result(60)
 
 
 def test_leaving_a_stream_frees_its_pages_within_a_step(live, brake):
