@@ -23,8 +23,8 @@ async def warm_up(engine: Engine, base: str, adapter: Adapter, tenant: str | Non
     Raises ServiceError (400) where that fails or gives a number that is not finite.
     """
     deadline = asyncio.get_running_loop().time() + engine.settings.max_request_seconds
-    # A text this short is tokenized sooner than a thread is asked to.
-    [prompt] = engine.bases[base].tokenization.encode([TEXT], "text", truncate=True)
+    encode = engine.bases[base].tokenization.encode
+    [prompt] = await engine.in_pool(deadline, encode, [TEXT], "text", truncate=True)
     sequence = Sequence(
         base,
         adapter,

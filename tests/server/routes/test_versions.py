@@ -245,7 +245,10 @@ def test_weights_that_overflow_fail_their_warm_up_alone(live, put, make_adapters
     assert digest_of(live, "x") == digest
 
 
-def test_a_warm_up_that_fails_changes_no_answer_of_its_step(live, brake, make_adapters, upload, tmp_path):
+def test_a_warm_up_that_fails_changes_no_answer_of_its_step(
+    live, brake, make_adapters, upload, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("server.scheduler.BaseQueue._gives_way", lambda queue: False)
     request = {"model": "mood", "input": "w3 w1"}
     expected = live.classify(**request).json()["data"][0]["probs"]
     folder = make_adapters(tmp_path) / "mood"
