@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why layers of a precision cannot run on the kernels; None where they can."""
     if device.type != "cpu" or platform.machine() != "x86_64":
-        return "run on x86-64 alone"
+        return "run on x86-64 CPUs alone"
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "need a CPU with AVX-512"
     if dtype not in (torch.float32, torch.bfloat16):
