@@ -15,7 +15,7 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN mkdir molex molex_client server \
     && touch molex/__init__.py molex_client/__init__.py server/__init__.py \
-    && pip install --no-cache-dir --constraint constraints.txt torch==2.13.0 '.[structured,s3]'
+    && pip install --no-cache-dir --constraint constraints.txt torch==2.13.0 '.[structured,onnx,s3]'
 
 COPY molex molex
 COPY molex_client molex_client

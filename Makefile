@@ -35,7 +35,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
 		$(PYTHON) -m pip --python $(BIN)/python install --quiet --constraint constraints.txt pip
-	@$(PIP) install --constraint constraints.txt torch==2.13.0 --editable '.[train,bench,load,gguf,structured,s3,dev]'
+	@$(PIP) install --constraint constraints.txt torch==2.13.0 --editable '.[train,bench,load,gguf,structured,onnx,s3,dev]'
 	@touch $@
 	@echo "==> Installed"
 

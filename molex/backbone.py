@@ -12,33 +12,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from molex.attention import AttentionOptions, KVStreams, rotated
+from molex.backends import Backend, Wanted, lay_out, load_exported
 from molex.errors import BaseModelError
+from molex.exported import Exported, is_exported, read_about
 from molex.family import FAMILIES, attention_options
-from molex.grouped.layers import GroupedLayers, can_group
 from molex.heads import HeadKind
-from molex.layers import Layers, StockLayers, copied
-from molex.native.layers import NativeLayers, release, why_not_natively
+from molex.layers import Layers, StockLayers, copied, run_once
 from molex.native.vocabulary import NativeEmbedding, NativeVocabulary
 from molex.native.weights import Bits
 from molex.packing import Indices, Packed
-from molex.stage import Stage
-
-Backend = Literal["auto", "torch", "kernels"]
-"""What is to run the layers."""
+from molex.stock import load_around_layers, load_stock
 
 
 @dataclass(frozen=True)
@@ -74,10 +64,12 @@ class Backbone:
         *,
         has_pooler: bool = False,
         routed_dtype: torch.dtype | None = None,
+        exported: Exported | None = None,
     ) -> None:
         """`model` is a bare encoder or a causal language model.
 
         With a `routed_dtype` of its own the routed branch has a second copy of the layers, in that precision.
+        Layers that were `exported` have no weights in the model.
         """
         self.config: Any = model.config
         self.family = FAMILIES[self.config.model_type]
@@ -86,7 +78,8 @@ class Backbone:
         self._base: Any = base
         self.lm_head: Any = getattr(model, "lm_head", None) if self.family.causal else None
         self.pooler = _pooler(base) if has_pooler else None
-        self._digest = _digest(model)
+        self.exported = exported
+        self._digest = _digest(model) if exported is None else exported.digest
         blocks = list(attrgetter(self.family.layers)(base))
         self._attention = [
             AttentionOptions(self.num_kv_heads, *attention_options(block, self.family, self.config))
@@ -111,8 +104,23 @@ class Backbone:
         routed_dtype: torch.dtype | None = None,
     ) -> Backbone:
         """Load a local folder or hub id. Raises BaseModelError, naming the base, if it can't be served."""
+        if is_exported(base):
+            wanted = {dtype, routed_dtype or dtype}
+            if wanted != {torch.float32} or torch.device(device).type != "cpu":
+                raise BaseModelError(f"base model {str(base)!r}: it was exported for CPUs, in float32")
+            return cls._from_export(Path(base))
         model, has_pooler = load_stock(base, dtype)
         return cls(model.to(device), has_pooler=has_pooler, routed_dtype=routed_dtype)
+
+    @classmethod
+    def _from_export(cls, folder: Path) -> Backbone:
+        exported = read_about(folder)
+        model, has_pooler = load_around_layers(folder)
+        backbone = cls(model, has_pooler=has_pooler, exported=exported)
+        backbone.layers = load_exported(folder, exported, backbone.num_layers)
+        backbone.runs_on = f"ONNX Runtime, as exported in {exported}"
+        backbone._use_vocabulary()
+        return backbone
 
     @property
     def dtype(self) -> torch.dtype:
@@ -169,59 +177,39 @@ class Backbone:
         """Lay the weights of all layers out for inference; no gradients afterwards.
 
         By themselves they run on the kernels of `molex/native` where the CPU has what those need, as grouped
-        products on a GPU in bfloat16 (`molex/grouped`), else as in `molex/prepack.py`, which the backend
-        "torch" takes in any case. With `bits` all layers have weights in so many, with `routed_bits` those of
-        the routed branch, which are a second copy then. Raises BaseModelError where these or the backend
-        "kernels" ask for the kernels, and they cannot run.
+        products on a GPU in bfloat16 (`molex/grouped`), else, in float32, on ONNX Runtime where that is
+        installed and faster (`molex/onnx`), or as in `molex/prepack.py`. With `bits` all layers have weights
+        in so many, with `routed_bits` those of the routed branch, which are a second copy then: this takes
+        the kernels or ONNX Runtime. Raises BaseModelError where what is asked for cannot run.
         """
-        stock = self.layers
-        if not isinstance(stock, StockLayers):
+        if self.exported is not None:
+            self.exported.check(bits, routed_bits, backend)
+        if not isinstance(self.layers, StockLayers):
             return
-        fewest: Bits | None = 4 if 4 in (bits, routed_bits) else bits or routed_bits
-        why_not: str | None = "are not used with the backend torch"
-        if backend != "torch":
-            why_not = why_not_natively(stock, self.family, self.config, fewest)
-        if why_not is None:
-            self.layers = NativeLayers(stock, self.family, self.config, bits, routed_bits or bits)
-            self.runs_on = "the kernels"
-            release(stock.blocks)
-            self._pack_vocabulary()
-        elif fewest is not None:
-            raise BaseModelError(f"{fewest}-bit weights need the kernels, which {why_not}")
-        elif backend == "kernels":
-            raise BaseModelError(f"the kernels cannot run the layers: they {why_not}")
-        elif backend == "auto" and can_group(stock):
-            self.layers = GroupedLayers(stock, self.family, self.config)
-            self.runs_on = "grouped products"
-            release(stock.blocks)
-        else:
-            stock.prepack()
-            self.runs_on = f"PyTorch: the kernels {why_not}"
+        wanted = Wanted(self.layers, self.family, self.config, bits, routed_bits or bits)
+        self.layers, self.runs_on = lay_out(wanted, backend)
+        self._use_vocabulary()
 
-    def _pack_vocabulary(self) -> None:
-        """Have the kernels run the language model head, in the precision of hidden states."""
+    def _use_vocabulary(self) -> None:
+        """Have the language model head run on what runs the layers, in the precision of hidden states."""
         if self.lm_head is None:
             return
-        vocabulary, embedding = NativeVocabulary(self.lm_head), self._base.get_input_embeddings()
-        self._outside_layers += vocabulary.nbytes - self.lm_head.weight.nbytes
-        if embedding.weight is self.lm_head.weight:
-            self._base.set_input_embeddings(NativeEmbedding(vocabulary))
+        head, vocabulary = self.lm_head, self.layers.vocabulary(self.lm_head)
+        if isinstance(vocabulary, NativeVocabulary):
+            self._outside_layers += vocabulary.nbytes - head.weight.nbytes
+            if self._base.get_input_embeddings().weight is head.weight:
+                self._base.set_input_embeddings(NativeEmbedding(vocabulary))
         self.lm_head = vocabulary
 
-    @torch.inference_mode()
     def warm_up(self, max_rows: int) -> None:
         """Have the matrix kernels for up to `max_rows` rows compiled now, not while a request waits.
 
         All layers of a branch have the same shapes, so its first one calls for every kernel.
         """
         width = self.config.num_attention_heads * self.head_dim
-        layers = self.layers
-        for number in {0, layers.first_routed}:
-            for rows in layers.compiled_sizes(max_rows):
-                stage = Stage.of_the_base(rows, self.device)
-                x = torch.zeros(rows, self.config.hidden_size, dtype=layers.dtype, device=self.device)
-                layers.project(stage, [number], x)
-                layers.finish(stage, [number], x, x.new_zeros(rows, width))
+        for number in {0, self.layers.first_routed}:
+            for rows in self.layers.compiled_sizes(max_rows):
+                run_once(self.layers, number, rows, self.config.hidden_size, width, self.device)
 
     def embed(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
         """Token ids, positions and token types [n] → hidden states [n, d]."""
@@ -258,48 +246,6 @@ class Backbone:
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm after the last layer, where the family has one."""
         return hidden if self.family.norm is None else getattr(self._base, self.family.norm)(hidden)
-
-
-def load_stock(base: str | Path, dtype: torch.dtype | Literal["auto"]) -> tuple[PreTrainedModel, bool]:
-    """transformers' model of a local folder or hub id, and whether it is a BERT with a trained pooler.
-
-    `auto` is the precision that it is saved in. Raises BaseModelError, naming the base, if it can't be
-    served.
-    """
-    is_path = isinstance(base, Path) or base.startswith((".", "/"))
-    if is_path and not Path(base).is_dir():
-        raise BaseModelError(f"base model {str(base)!r}: no such folder")
-    try:
-        config = AutoConfig.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"base model {str(base)!r}: {error}") from error
-    _check_supported(str(base), config)
-    options: dict[str, Any] = {"dtype": dtype}
-    loader = AutoModelForCausalLM if FAMILIES[config.model_type].causal else AutoModel
-    if config.model_type == "roberta":
-        options["add_pooling_layer"] = False
-    try:
-        model, info = loader.from_pretrained(base, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BaseModelError(f"base model {str(base)!r}: {error}") from error
-    missing = {key for key in info["missing_keys"] if "pooler" not in key}
-    if missing:
-        raise BaseModelError(f"base model {str(base)!r}: no weights for {sorted(missing)[0]}")
-    has_pooler = config.model_type == "bert" and not info["missing_keys"]
-    return model, has_pooler
-
-
-def _check_supported(base: str, config: PretrainedConfig) -> None:
-    if config.model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise BaseModelError(f"base model {base!r}: model_type {config.model_type!r} is not one of {known}")
-    for switch in ("is_decoder", "add_cross_attention"):
-        if not FAMILIES[config.model_type].causal and getattr(config, switch, False):
-            raise BaseModelError(f"base model {base!r}: {switch} is not supported for {config.model_type}")
-    if getattr(config, "position_embedding_type", "absolute") != "absolute":
-        raise BaseModelError(f"base model {base!r}: relative position embeddings are not supported")
-    if getattr(config, "reorder_and_upcast_attn", False):
-        raise BaseModelError(f"base model {base!r}: reorder_and_upcast_attn is not supported")
 
 
 def _pooler(base: Any) -> Callable[[Tensor], Tensor]:

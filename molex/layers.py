@@ -69,6 +69,9 @@ class Layers(Protocol):
     def mix(self, layout: Packed, plan: RoutePlan, outputs: Sequence[Tensor]) -> Tensor:
         """The mixture of what `finish` returned for a depth; see `molex.mixing.mix`."""
 
+    def vocabulary(self, head: nn.Module) -> nn.Module:
+        """What runs the language model head of the base: hidden states [..., d] → logits [..., V]."""
+
     def padded_rows(self, rows: int) -> int:
         """How many rows a call needs for `rows`; the others may hold anything."""
 
@@ -94,6 +97,9 @@ class InPyTorch:
 
     def mix(self, layout: Packed, plan: RoutePlan, outputs: Sequence[Tensor]) -> Tensor:
         return mix(layout, plan, outputs)
+
+    def vocabulary(self, head: nn.Module) -> nn.Module:
+        return head
 
 
 class StockLayers(InPyTorch):
@@ -163,6 +169,17 @@ class StockLayers(InPyTorch):
         if self._family.norm_before is not None:
             x = getattr(self.blocks[number], self._family.norm_before)(x)
         return self.switch.call(lora, self._projections[number], x)
+
+
+@torch.inference_mode()
+def run_once(
+    layers: Layers, number: int, rows: int, hidden_size: int, width: int, device: torch.device
+) -> None:
+    """Both halves of a layer, on zeros; `width` is that of what attention returns."""
+    stage = Stage.of_the_base(rows, device)
+    hidden = torch.zeros(rows, hidden_size, dtype=layers.dtype, device=device)
+    layers.project(stage, [number], hidden)
+    layers.finish(stage, [number], hidden, hidden.new_zeros(rows, width))
 
 
 def copied(blocks: list[Any], dtype: torch.dtype) -> list[Any]:

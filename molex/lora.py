@@ -160,7 +160,7 @@ def cut_into_blocks(runs: Sequence[Run], stack: Stack, call_cost: int) -> list[B
             cut[-1].append(run)
         else:
             cut.append([run])
-    return [_block(together, stack) for together in cut]
+    return [_block(together, stack, together[0][1], together[-1][2]) for together in cut]
 
 
 def _operations(runs: Sequence[Run], stack: Stack) -> int:
@@ -169,8 +169,8 @@ def _operations(runs: Sequence[Run], stack: Stack) -> int:
     return 2 * (runs[-1][2] - runs[0][1]) * ranks * stack.width
 
 
-def _block(runs: Sequence[Run], stack: Stack) -> Block:
-    first, end = runs[0][1], runs[-1][2]
+def _block(runs: Sequence[Run], stack: Stack, first: int, end: int) -> Block:
+    """Rows first..end, those of the runs and perhaps others."""
     places = [stack.places[member] for member, _, _ in runs]
     gates = np.zeros((end - first, sum(map(len, places))))
     column = 0
@@ -234,22 +234,39 @@ class ActiveLora:
         self.batch = batch
         self.runs = runs
         self._blocks: dict[Hashable, list[Block]] = {}
+        self._whole: dict[Hashable, Block] = {}
         self._input: tuple[Tensor, Tensor] | None = None
 
     def add(self, y: Tensor, x: Tensor, site: Site) -> Tensor:
         """y [n, out] plus the updates at `site` of the adapters of the rows x [n, in]."""
-        updates = self.batch.updates.get(site)
-        if updates is None:
-            return y
-        runs = [run for run in self.runs if run[0] in updates]
+        runs = self._runs_at(site)
         if not runs:
             return y
+        updates = self.batch.updates[site]
         x = self._widened(x, updates[runs[0][0]].a.dtype)
         if torch.is_grad_enabled():
             x = functional.dropout(x, self._dropout(), training=True)
             return low_rank_segments(y, x, [(updates[member], start, stop) for member, start, stop in runs])
         stack = self.batch.stack(site)
         return low_rank_blocks(y, x, stack, self._cut(runs, stack))
+
+    def side_by_side(self, site: Site, count: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The factors a [R, in] and b [R, out] of the rows' adapters at `site`, and G [count, R].
+
+        None where no row has an update there.
+        """
+        runs = self._runs_at(site)
+        if not runs:
+            return None
+        stack = self.batch.stack(site)
+        if stack.layout not in self._whole:
+            self._whole[stack.layout] = _block(runs, stack, 0, count)
+        block = self._whole[stack.layout]
+        return stack.a[block.ranks], stack.b[block.ranks], block.gates
+
+    def _runs_at(self, site: Site) -> list[Run]:
+        updates = self.batch.updates.get(site, {})
+        return [run for run in self.runs if run[0] in updates]
 
     def _cut(self, runs: Sequence[Run], stack: Stack) -> list[Block]:
         """The same blocks at all sites where the adapters have the same ranks."""

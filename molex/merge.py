@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -14,10 +12,12 @@ from transformers import PreTrainedModel
 
 from molex.adapter import Adapter
 from molex.adapter_file import read_adapter, write_adapter
-from molex.backbone import Backbone, load_stock
+from molex.backbone import Backbone
 from molex.errors import MolexError
 from molex.family import FAMILIES
+from molex.folders import write_whole
 from molex.lora import LoraWeights, LowRank
+from molex.stock import load_stock
 from molex.tokenizer import load_tokenizer
 
 
@@ -44,11 +44,11 @@ def merge(base: str | Path, adapter: str | Path, base_out: Path, output: Path | 
         model.save_pretrained(folder)
         load_tokenizer(base, spec).save_pretrained(folder)
 
-    _write_whole(base_out, write_base)
+    write_whole(base_out, write_base)
     if output is None:
         return
     head = _head_alone(read_adapter(adapter, spec), base_out)
-    _write_whole(output, lambda folder: write_adapter(head, folder))
+    write_whole(output, lambda folder: write_adapter(head, folder))
 
 
 def _check(adapter: Adapter, base_out: Path, output: Path | None) -> None:
@@ -84,15 +84,3 @@ def _head_alone(adapter: Adapter, base: Path) -> Adapter:
     config = replace(adapter.config, target_modules=(), base_model_name_or_path=base.name)
     tensors = {name: tensor for name, tensor in adapter.tensors.items() if ".lora_" not in name}
     return replace(adapter, config=config, tensors=tensors, lora=LoraWeights())
-
-
-def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Make a folder that is either whole or not there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        write(unfinished)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from molex.adapter import BARE, Adapter
 from molex.adapter_file import read_adapter
-from molex.backbone import Backbone, Backend, BaseSpec
+from molex.backbone import Backbone, BaseSpec
+from molex.backends import Backend
 from molex.bank import AdapterBank
 from molex.decoding import Decoding, can_decode, is_decoding
 from molex.errors import InputError

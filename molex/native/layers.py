@@ -19,6 +19,7 @@ from molex.gate import Gate, LinearGate, gate_logits
 from molex.layers import StockLayers
 from molex.lora import AdaptedLinear, BatchLora, LoraWeights
 from molex.native import build
+from molex.native.vocabulary import NativeVocabulary
 from molex.native.votes import elect
 from molex.native.weights import Bits, PackedLinear, pack
 from molex.packing import Indices, Packed
@@ -187,6 +188,9 @@ class NativeLayers:
         own, visits, weights = plan.own.float(), torch.from_numpy(plan.requests), plan.weights.float()
         mixed: Tensor = torch.ops.molex.mix.default(together, layout.bounds, own, visits, weights)
         return mixed
+
+    def vocabulary(self, head: nn.Module) -> nn.Module:
+        return NativeVocabulary(head)
 
     def factors_of(self, lora: BatchLora) -> Tensor:
         """The tables of the batch's adapters [members, sites, 5]."""

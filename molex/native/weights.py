@@ -88,8 +88,8 @@ def pack(
     if bits is None:
         ordered, scales = _ordered(weight), torch.empty(0)
     elif bits == 8:
-        rounded, scales = _rounded(weight[:, None], 127, torch.float32)
-        ordered, scales = _ordered(rounded[:, 0]), scales[:, 0]
+        numbers, scales = rounded(weight[:, None], 127, torch.float32)
+        ordered, scales = _ordered(numbers[:, 0]), scales[:, 0]
     else:
         ordered, scales = _nibbles(weight)
     return PackedLinear(ordered, bias, scales, torch.tensor(pieces), inputs)
@@ -113,7 +113,7 @@ def _gated_tiles(weights: Sequence[Tensor], sites: Sequence[int]) -> list[list[S
     ]
 
 
-def _rounded(weight: Tensor, largest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rounded(weight: Tensor, largest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weights [out, groups, in] as whole numbers up to `largest`, and the scales [out, groups] in `dtype`."""
     wide = weight.float()
     scales = (wide.abs().amax(-1) / largest).to(dtype)
@@ -129,8 +129,8 @@ def _nibbles(weight: Tensor) -> tuple[Tensor, Tensor]:
     outputs, inputs = weight.shape
     groups = -(-inputs // GROUP)
     padded = nn.functional.pad(weight, (0, groups * GROUP - inputs)).view(outputs, groups, GROUP)
-    rounded, scales = _rounded(padded, 7, torch.bfloat16)
-    halves = (rounded & 15).to(torch.uint8).view(outputs, -1)[:, :inputs].view(-1, TILE, inputs // 8, 2, 4)
+    numbers, scales = rounded(padded, 7, torch.bfloat16)
+    halves = (numbers & 15).to(torch.uint8).view(outputs, -1)[:, :inputs].view(-1, TILE, inputs // 8, 2, 4)
     packed = halves[..., 0, :] | halves[..., 1, :] << 4
     ordered = packed.transpose(1, 2).reshape(-1, inputs // 2, TILE).contiguous()
     return ordered, scales.view(-1, TILE, groups).transpose(1, 2).contiguous()

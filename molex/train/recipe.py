@@ -14,6 +14,7 @@ import transformers
 from molex._version import __version__
 from molex.adapter import Adapter, new_adapter
 from molex.adapter_file import read_adapter, write_adapter
+from molex.errors import BaseModelError
 from molex.model import MolexModel
 from molex.tokenizer import load_tokenizer
 from molex.train.arguments import (
@@ -96,6 +97,8 @@ def train_adapter(
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     base = base or load_base(arguments.base, arguments.dtype)
+    if base.model.backbone.exported is not None:
+        raise BaseModelError(f"base model {arguments.base!r} was exported: graphs cannot be trained")
     arguments = complete(arguments, base.model.spec)
     labels, train, evaluation = _prepare(arguments, base)
     adapter = _new_adapter(arguments, base.model, labels)

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from molex import MolexModel, backbone
+from molex import MolexModel, backbone, backends
 from molex.adapter import Adapter, assemble
 from molex.native import build
 
@@ -27,7 +27,7 @@ def grouped(
             patch.setattr(backbone, "_digest", lambda model: "sha256:none")
         model = MolexModel.from_pretrained(folder, dtype, device)
         patch.setattr(build, "why_not", lambda dtype, device: "are not used here")
-        patch.setattr(backbone, "can_group", lambda stock: True)
+        patch.setattr(backends, "can_group", lambda stock: True)
         model.prepack()
     return model
 

@@ -60,16 +60,6 @@ def test_other_precisions_run_on_pytorch(dtype):
     assert build.why_not(dtype, CPU) is not None
 
 
-@needs_kernels
-def test_without_the_kernels_layers_run_on_pytorch(base_folder, monkeypatch):
-    monkeypatch.setattr(build, "why_not", lambda dtype, device: "need a CPU with AVX-512")
-    model = MolexModel.from_pretrained(base_folder("roberta"))
-    model.prepack()
-    assert isinstance(model.backbone.layers, StockLayers)
-    assert model.runs_on == "PyTorch: the kernels need a CPU with AVX-512"
-    assert model([[5, 6]]).logits[0].shape == (2, model.spec.hidden_size)
-
-
 def test_who_asks_for_the_kernels_gets_nothing_else(base_folder, monkeypatch):
     monkeypatch.setattr(build, "why_not", lambda dtype, device: "need a CPU with AVX-512")
     model = MolexModel.from_pretrained(base_folder("roberta"))

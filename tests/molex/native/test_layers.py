@@ -206,10 +206,10 @@ def test_few_bits_need_the_kernels(base_folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
         with pytest.raises(BaseModelError, match=r"4-bit weights need the kernels, which need .* \(VNNI\)"):
-            model.prepack(bits=8, routed_bits=4)
+            model.prepack(bits=8, routed_bits=4, backend="kernels")
     monkeypatch.setattr(build, "why_not", lambda dtype, device: "need a CPU with AVX-512")
     with pytest.raises(BaseModelError, match="8-bit weights need the kernels, which need a CPU with AVX-512"):
-        model.prepack(bits=8)
+        model.prepack(bits=8, backend="kernels")
 
 
 def test_factors_of_a_folder_are_read_where_they_lie(base_folder, tmp_path):

@@ -5,6 +5,8 @@ from itertools import pairwise
 
 import pytest
 
+from molex.errors import BaseModelError
+from molex.export import export
 from molex.train.arguments import TrainArguments
 from molex.train.checkpoint import checkpoint_folders
 from molex.train.loop import Listener, TrainingError, learning_rate_factor
@@ -129,3 +131,9 @@ def test_learning_rate_rises_then_falls_to_zero():
     assert all(a > b for a, b in pairwise(factors[6:]))
     assert factors[100] == 0.0
     assert learning_rate_factor(0, 1) == 1.0
+
+
+def test_graphs_cannot_be_trained(base_folder, labelled_files, tmp_path):
+    export(base_folder("bert"), tmp_path / "base", "fp32")
+    with pytest.raises(BaseModelError, match="base model 'tiny' was exported: graphs cannot be trained"):
+        train_adapter(arguments(labelled_files, tmp_path / "run"), load_base(str(tmp_path / "base")))
