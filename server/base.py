@@ -9,7 +9,7 @@ import torch
 
 from molex.errors import BaseModelError
 from molex.model import MolexModel
-from server.precision import choose_precision
+from server.precision import precision_of
 from server.runner import ModelRunner
 from server.settings import Settings
 from server.tokenization import Tokenization
@@ -38,7 +38,7 @@ def load_base(name: str, source: str, settings: Settings) -> Base:
 
     Raises BaseModelError where it cannot be served.
     """
-    precision, device = choose_precision(settings), _device(name, settings)
+    precision, device = precision_of(source, settings), _device(name, settings)
     model = MolexModel.from_pretrained(source, precision.own, device, routed_dtype=precision.routed)
     try:
         model.prepack(precision.bits, precision.routed_bits, settings.backend)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from socket import socket
 from types import FrameType, NoneType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 import uvicorn
@@ -23,6 +23,7 @@ from rich.console import Console
 
 from molex.convert import convert
 from molex.errors import MolexError
+from molex.export import export
 from molex.memory import freeze_what_is_loaded, keep_compiled_kernels, keep_freed_memory
 from molex.merge import merge
 from molex.train.cli import evaluate, train
@@ -36,12 +37,14 @@ from server.catalogue_cli import audit_app, key_app, tenant_app
 from server.doctor.checks import examine
 from server.engine import Engine
 from server.errors import ServiceError
-from server.precision import choose_precision
+from server.precision import precision_of
 from server.protocol import bounded_protocol
 from server.settings import Settings, is_option, problems, shown
 
 DRAIN_LOOK_SECONDS = 0.1
 """While requests finish, how often to look whether the grace is over or Ctrl-C was pressed again."""
+Precisions = Literal["fp32", "int8", "int4"]
+"""What layers can be exported in."""
 log = logging.getLogger(__name__)
 app = typer.Typer(
     name="molex",
@@ -132,8 +135,9 @@ def run_server(settings: Settings) -> None:
         migrate(settings.catalogue[0])
     keep_freed_memory()
     keep_compiled_kernels()
-    names = ", ".join(settings.bases)
-    Console(stderr=True).print(f"Loading {names} in {choose_precision(settings)} …", highlight=False)
+    for name, source in settings.bases.items():
+        precision = precision_of(source, settings)
+        Console(stderr=True).print(f"Loading {name} in {precision} …", highlight=False)
     engine = Engine.load(settings)
     refused = engine.adapters.load_folder(settings.adapters) if settings.adapters else {}
     # uvicorn has shut down in order by then and only passes Ctrl-C on.
@@ -246,12 +250,30 @@ def merge_adapter(
     typer.echo(f"{base_out}: base written" + (f"\n{output}: adapter written" if output else ""))
 
 
+def export_base(
+    base: Annotated[str, typer.Argument(help="Folder or hub id of a base model.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write, a base that runs on ONNX Runtime.")],
+    precision: Annotated[Precisions, typer.Option(help="Of the weights of layers.")] = "fp32",
+    routed_precision: Annotated[
+        Precisions | None, typer.Option(help="Of routed layers alone. Default: that of the others.")
+    ] = None,
+) -> None:
+    """Write a base model with its layers as ONNX graphs, two a layer."""
+    try:
+        export(base, output, precision, routed_precision)
+    except MolexError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    typer.echo(f"{output}: base written, serve it with --base NAME={output} --precision auto")
+
+
 app.command()(_with_settings_as_options(serve))
 app.command()(_with_settings_as_options(doctor))
 app.command()(train)
 app.command()(evaluate)
 app.command("convert")(convert_checkpoint)
 app.command("merge")(merge_adapter)
+app.command("export")(export_base)
 config_app = typer.Typer(help="Settings.", no_args_is_help=True)
 config_app.command("show")(_with_settings_as_options(show_config))
 app.add_typer(config_app, name="config")

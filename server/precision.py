@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from molex.errors import BaseModelError
+from molex.exported import is_exported, read_about
 from molex.native.weights import Bits
 from server.settings import Settings
 
@@ -40,20 +43,41 @@ class Precision:
 def choose_precision(settings: Settings, flags: dict[str, Any] | None = None) -> Precision:
     """What the settings ask for; `flags` are the CPU's, by default as PyTorch reads them."""
     name, reason = settings.precision, "as set"
-    fastest, why = _fastest(settings.device, flags or torch.cpu.get_capabilities())
+    fastest, why = _fastest(settings, flags or torch.cpu.get_capabilities())
     if name == "auto":
         name, reason = fastest, f"chosen: {why}"
     if name == "mixed":
         return Precision(torch.float32, torch.bfloat16, reason)
-    own = DTYPES[fastest if name == "int8" else name]
+    own = DTYPES[fastest if name in BITS else name]
     routed, bits = settings.routed_precision, BITS.get(name)
     if routed is None or routed in BITS:
         return Precision(own, own, reason, bits, BITS.get(routed or name))
     return Precision(own, DTYPES[routed], reason)
 
 
-def _fastest(device: str, flags: Mapping[str, Any]) -> tuple[Literal["bf16", "fp32"], str]:
-    if device != "cpu":
+def precision_of(source: str, settings: Settings) -> Precision:
+    """The same for a base; where it was exported, `auto` is what it was exported in.
+
+    Raises BaseModelError where the settings ask for another one, or the base does not say what it is.
+    """
+    if not is_exported(source):
+        return choose_precision(settings)
+    changes: dict[str, Any] = {"backend": "onnx"}
+    about = read_about(Path(source))
+    if settings.precision == "auto":
+        changes |= {"precision": about.precision, "routed_precision": about.routed_precision}
+        return replace(choose_precision(settings.model_copy(update=changes)), reason="as exported")
+    precision = choose_precision(settings.model_copy(update=changes))
+    if (precision.bits, precision.routed_bits) != (about.bits, about.routed_bits):
+        message = f"was exported in {about}: ask for that, or for precision auto"
+        raise BaseModelError(f"base model {source!r} {message}")
+    return precision
+
+
+def _fastest(settings: Settings, flags: Mapping[str, Any]) -> tuple[Literal["bf16", "fp32"], str]:
+    if settings.backend == "onnx":
+        return "fp32", "on a CPU ONNX Runtime computes in it alone"
+    if settings.device != "cpu":
         return "bf16", "a GPU runs the layers of a depth together in it"
     found = [flag for flag in BFLOAT16_FLAGS if flags.get(flag)]
     return ("bf16", f"this CPU has {found[0]}") if found else ("fp32", "this CPU has no bfloat16 products")

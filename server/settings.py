@@ -124,16 +124,18 @@ class Settings(CatalogueSettings):
         "cpu",
         description="What runs the base models: cpu, or cuda for an NVIDIA GPU, cuda:1 for the second.",
     )
-    backend: Literal["auto", "torch", "kernels"] = Field(
+    backend: Literal["auto", "torch", "kernels", "onnx"] = Field(
         "auto",
         description="What runs the layers. kernels: this project's own, which need a CPU with AVX-512 and, "
-        "at the first start, a C++ compiler; torch: PyTorch, layer by layer; auto: kernels where they can, "
-        "PyTorch elsewhere, with the layers of a depth together on a GPU.",
+        "at the first start, a C++ compiler; onnx: ONNX Runtime, on any CPU, if it is installed; torch: "
+        "PyTorch, layer by layer; auto: kernels where they can, elsewhere the faster of ONNX Runtime and "
+        "PyTorch, measured at start; on a GPU PyTorch, with the layers of a depth together.",
     )
-    precision: Literal["auto", "fp32", "bf16", "int8", "fp64", "mixed"] = Field(
+    precision: Literal["auto", "fp32", "bf16", "int8", "int4", "fp64", "mixed"] = Field(
         "fp32",
-        description="Precision of the base models. int8: weights of layers in 8 bits, all else in bf16 where "
-        "the CPU has instructions for it; mixed: fp32 with routed layers in bf16; auto: bf16 or else fp32.",
+        description="Precision of the base models. int8, int4: weights of layers in so many bits, all else "
+        "in bf16 where the CPU has instructions for it and the backend uses them; mixed: fp32 with routed "
+        "layers in bf16; auto: bf16 or else fp32, and of an exported base what it was exported in.",
     )
     routed_precision: Literal["fp32", "bf16", "int8", "int4", "fp64"] | None = Field(
         None,
@@ -287,13 +289,21 @@ class Settings(CatalogueSettings):
             raise ValueError("max_inputs must not exceed max_queue")
         if self.max_sequences > self.max_batch_tokens:
             raise ValueError("max_sequences must not exceed max_batch_tokens")
-        if self.device != "cpu" and {self.precision, self.routed_precision} & {"int8", "int4"}:
+        self._check_precisions()
+        return self
+
+    def _check_precisions(self) -> None:
+        asked = {self.precision, self.routed_precision}
+        if self.device != "cpu" and asked & {"int8", "int4"}:
             raise ValueError("weights in 8 or 4 bits need device cpu: on a GPU use fp32, bf16 or mixed")
         if self.precision == "mixed" and self.routed_precision not in (None, "bf16"):
             raise ValueError("precision mixed has its routed layers in bf16: leave routed_precision out")
         if self.precision == "int8" and self.routed_precision not in (None, "int8", "int4"):
             raise ValueError("beside precision int8 routed_precision can only be int4")
-        return self
+        if self.precision == "int4" and self.routed_precision not in (None, "int4"):
+            raise ValueError("beside precision int4 routed_precision can only be the same")
+        if self.backend == "onnx" and (self.device != "cpu" or asked & {"bf16", "mixed", "fp64"}):
+            raise ValueError("the backend onnx needs device cpu and fp32, int8 or int4")
 
     def _check_listeners(self) -> None:
         hosts = [self.host] if self.admin_port is None else [self.host, self.admin_host]

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from importlib.metadata import version
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -26,7 +27,7 @@ from server.doctor.machine import GIB, available_memory, machine
 from server.doctor.rates import kernels, precision
 from server.errors import ServiceError
 from server.metrics import Metrics
-from server.precision import choose_precision
+from server.precision import precision_of
 from server.settings import Settings, problems
 
 DEMO_BASES = Path(".models")
@@ -42,6 +43,7 @@ def examine(options: Mapping[str, object]) -> Iterator[Finding]:
     yield from machine()
     yield kernels()
     yield from precision(settings)
+    yield _onnx()
     yield _structured()
     yield from wrong
     if settings is None:
@@ -51,6 +53,12 @@ def examine(options: Mapping[str, object]) -> Iterator[Finding]:
     yield _storage(settings.storage)
     yield from _listeners(settings)
     yield from _served(settings)
+
+
+def _onnx() -> Finding:
+    if find_spec("onnxruntime") is None:
+        return Finding("onnx", "ONNX Runtime is not installed: no backend onnx, and no exported bases")
+    return Finding("onnx", f"ONNX Runtime {version('onnxruntime')}, for the backend onnx and exported bases")
 
 
 def _structured() -> Finding:
@@ -141,7 +149,8 @@ def _served(settings: Settings) -> Iterator[Finding]:
 
 def _check_memory(source: str, settings: Settings) -> None:
     """Raises BaseModelError where the weights of a folder are sure not to fit."""
-    needed = stored_weights(Path(source)) * choose_precision(settings).own.itemsize
+    needed = stored_weights(Path(source)) * precision_of(source, settings).own.itemsize
+    needed += sum(graph.stat().st_size for graph in Path(source).glob("**/*.onnx"))
     if needed > (available := available_memory()):
         raise BaseModelError(
             f"its weights take {needed / GIB:.1f} GiB, and {available / GIB:.1f} GiB of memory are available"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from molex.errors import BaseModelError
+from molex.export import export
 from server.base import load_base
 from server.settings import Settings
 
@@ -35,3 +38,12 @@ def test_a_base_that_the_backend_cannot_run_is_named(base_folder):
     settings = Settings(bases=[f"a={folder}"], backend="kernels", precision="fp64")
     with pytest.raises(BaseModelError, match="base 'a': the kernels cannot run the layers: they "):
         load_base("a", folder, settings)
+
+
+def test_an_exported_base_runs_as_it_was_exported(base_folder, tmp_path):
+    folder = str(tmp_path / "exported")
+    export(base_folder("bert"), Path(folder), "int8")
+    model = load_base("a", folder, Settings(bases=[f"a={folder}"], precision="auto")).model
+    assert model.runs_on == "ONNX Runtime, as exported in int8"
+    with pytest.raises(BaseModelError, match="exported' was exported in int8: ask for that"):
+        load_base("a", folder, Settings(bases=[f"a={folder}"]))

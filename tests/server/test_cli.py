@@ -240,6 +240,17 @@ def test_merge_says_what_it_wrote_and_what_is_wrong(bases, adapters_folder, tmp_
     assert {path.name for path in tmp_path.iterdir()} == {"merged", "head"}
 
 
+def test_export_says_what_it_wrote_and_what_is_wrong(bases, tmp_path):
+    options = ["export", str(bases["enc"]), str(tmp_path / "out"), "--precision", "int8"]
+    refused = CliRunner().invoke(app, [*options, "--routed-precision", "fp32"])
+    assert refused.exit_code == 1
+    assert "error: routed layers cannot be in fp32" in refused.output
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 0
+    assert f"serve it with --base NAME={tmp_path / 'out'} --precision auto" in result.output
+    assert CliRunner().invoke(app, [*options[:-1], "int3"]).exit_code == 2
+
+
 def test_a_folder_that_cannot_be_converted_is_named(tmp_path):
     result = CliRunner().invoke(app, ["convert", str(tmp_path / "none"), str(tmp_path / "out")])
     assert result.exit_code == 1

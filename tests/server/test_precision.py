@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
-from server.precision import choose_precision
+from molex.errors import BaseModelError
+from molex.export import export
+from server.precision import choose_precision, precision_of
 from server.settings import Settings
 
 FLOAT32, BFLOAT16, FLOAT64 = torch.float32, torch.bfloat16, torch.float64
@@ -74,7 +79,14 @@ def test_mixed_contradicts_another_precision_of_routed_layers():
             (8, 4),
             "bfloat16 with weights in 8 bits, routed layers in bfloat16 with weights in 4 bits (as set)",
         ),
+        ({"precision": "int4"}, (4, 4), "bfloat16 with weights in 4 bits (as set)"),
         ({"precision": "bf16"}, (None, None), "bfloat16 (as set)"),
+        ({"precision": "int8", "backend": "onnx"}, (8, 8), "float32 with weights in 8 bits (as set)"),
+        (
+            {"precision": "auto", "backend": "onnx"},
+            (None, None),
+            "float32 (chosen: on a CPU ONNX Runtime computes in it alone)",
+        ),
     ],
 )
 def test_bits_are_those_of_weights(settings, weights, words):
@@ -90,3 +102,32 @@ def test_8_bits_leave_activations_in_float32_where_the_cpu_has_no_bfloat16():
 def test_int8_contradicts_another_precision_of_routed_layers():
     with pytest.raises(ValueError, match="beside precision int8 routed_precision can only be int4"):
         chosen(precision="int8", routed_precision="bf16")
+
+
+def test_int4_leaves_nothing_to_routed_layers():
+    with pytest.raises(ValueError, match="beside precision int4 routed_precision can only be the same"):
+        chosen(precision="int4", routed_precision="int8")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"precision": "bf16"}, {"precision": "mixed"}, {"routed_precision": "bf16"}, {"device": "cuda"}],
+    ids=str,
+)
+def test_onnx_runtime_is_given_what_it_can_do(settings):
+    with pytest.raises(ValueError, match="the backend onnx needs device cpu and fp32, int8 or int4"):
+        chosen(backend="onnx", **settings)
+
+
+def test_an_exported_base_says_its_precision(base_folder, tmp_path):
+    folder = str(tmp_path / "exported")
+    export(base_folder("bert"), Path(folder), "int8", "int4")
+    auto, named = (Settings(bases=[f"a={folder}"], precision=name) for name in ("auto", "int8"))
+    assert str(precision_of(folder, auto)) == (
+        "float32 with weights in 8 bits, routed layers in float32 with weights in 4 bits (as exported)"
+    )
+    both = named.model_copy(update={"routed_precision": "int4"})
+    assert precision_of(folder, both) == replace(precision_of(folder, auto), reason="as set")
+    with pytest.raises(BaseModelError, match="exported in int8, routed ones in int4: ask for that, or for"):
+        precision_of(folder, named)
+    assert precision_of(str(base_folder("bert")), named) == choose_precision(named)
