@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, TensorProto, helper, numpy_helper  # type: ignore[import-not-found]
-from onnxruntime.capi import _pybind_state as rounding  # type: ignore[import-not-found]
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnxruntime.capi import _pybind_state as rounding
 
 Array = npt.NDArray[Any]
 FLOAT = TensorProto.FLOAT

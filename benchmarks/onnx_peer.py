@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx  # type: ignore[import-not-found]
-import onnxruntime  # type: ignore[import-not-found]
-from onnxruntime.quantization import quantize_dynamic  # type: ignore[import-not-found]
+import onnx
+import onnxruntime
+from onnxruntime.quantization import quantize_dynamic
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.onnx_graphs import decoder, encoder
