@@ -3,9 +3,9 @@
     python -m benchmarks.bench_precision [--output DIR]
 
 With the own branch in float32 and in bfloat16, routed layers are in that precision, in a lower one, or have
-weights in 8 or 4 bits. Labels and probabilities are compared with those where routed layers are not reduced;
-what is reduced everywhere, the own branch too, is compared with float32. How much faster it is,
-`benchmarks.bench_http_ratio` measures. Needs ../shared/data.
+weights in 8 or 4 bits, on the kernels and on ONNX Runtime. Labels and probabilities are compared with those
+where routed layers are not reduced; what is reduced everywhere, the own branch too, is compared with float32.
+How much faster it is, `benchmarks.bench_http_ratio` measures. Needs ../shared/data.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.common import DEMO_ENCODER, behave_as_the_server, command_line
 from benchmarks.figures import Figure, save
 from molex import MolexModel, Row
+from molex.backends import Backend
 from molex.native.weights import Bits
 from molex.tokenizer import load_tokenizer
 from molex.train.data import read_labelled
@@ -40,6 +41,7 @@ class Precision:
     against: str = "float32"
     bits: Bits | None = None
     routed_bits: Bits | None = None
+    backend: Backend = "auto"
 
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -52,6 +54,11 @@ PRECISIONS = {
     "bfloat16, routed int8": Precision(BFLOAT16, BFLOAT16, "bfloat16", routed_bits=8),
     "bfloat16, routed int4": Precision(BFLOAT16, BFLOAT16, "bfloat16", routed_bits=4),
     "int8": Precision(BFLOAT16, BFLOAT16, bits=8),
+    "float32, ONNX Runtime": Precision(FLOAT32, FLOAT32, backend="onnx"),
+    "float32, routed int8, ONNX Runtime": Precision(FLOAT32, FLOAT32, routed_bits=8, backend="onnx"),
+    "float32, routed int4, ONNX Runtime": Precision(FLOAT32, FLOAT32, routed_bits=4, backend="onnx"),
+    "int8, ONNX Runtime": Precision(FLOAT32, FLOAT32, bits=8, backend="onnx"),
+    "int4, ONNX Runtime": Precision(FLOAT32, FLOAT32, bits=4, backend="onnx"),
 }
 
 
@@ -81,7 +88,7 @@ def figures() -> Iterator[Figure]:
         model = MolexModel.from_pretrained(
             DEMO_ENCODER, dtype=precision.dtype, routed_dtype=precision.routed_dtype
         )
-        model.prepack(precision.bits, precision.routed_bits)
+        model.prepack(precision.bits, precision.routed_bits, precision.backend)
         for task in TASKS:
             results[task, name] = probabilities(model, task)
     for (task, name), found in results.items():
