@@ -92,7 +92,7 @@ def classify(name: str, url: str, model: str) -> Arm:
 
 def figures(precision: str, report: Report) -> Iterator[Figure]:
     """Each MoLEx arm over LoRA at each load: the ratio of median latencies."""
-    latency = {(one.arm, one.rate): one.latency["total"] for one in report.summaries}
+    summaries = {(one.arm, one.rate): one for one in report.summaries}
     for ratio in report.ratios:
         if ratio.metric != "total" or ratio.percentile != 50:
             continue
@@ -100,9 +100,11 @@ def figures(precision: str, report: Report) -> Iterator[Figure]:
             continue
         key, bound = BOUNDS[ratio.over, precision]
         share = ratio.rate / min(report.run.capacity.values())
-        measured = {
-            f"{arm}, p50, ms": latency[arm, ratio.rate][MEDIAN] * 1e3 for arm in (ratio.over, ratio.under)
-        } | {"95 % from": ratio.low, "to": ratio.high}
+        measured = {"95 % from": ratio.low, "to": ratio.high}
+        for arm in (ratio.over, ratio.under):
+            summary = summaries[arm, ratio.rate]
+            for what, seconds in {"p50": summary.latency["total"], **summary.stages}.items():
+                measured[f"{arm}, {what}, ms"] = seconds[MEDIAN] * 1e3
         load = f"{ratio.rate:.0f} requests/s ({share:.0%} of capacity)"
         what = f"{ratio.over} / LoRA, own branch {precision}, {load}"
         yield Figure(key, what, ratio.estimate, bound, at_least=False, unit="x", measured=measured)

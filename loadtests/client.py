@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import httpx
@@ -12,6 +13,8 @@ import httpx
 from loadtests.dialects import BadAnswerError, Dialect
 from loadtests.schedule import Planned
 
+STAGES = {"in queue": "x-queue-time", "in pass": "x-inference-time"}
+"""What servers may say of where a request spent its time, by the header that says it, in milliseconds."""
 KEEPALIVE_SECONDS = 2
 """Less than servers wait (uvicorn: 5 s), so that no request goes out on a connection that is being closed."""
 
@@ -31,7 +34,8 @@ class Result:
     """A request that has ended. Times are seconds from the start of its block.
 
     `status` is None if no status line came. `pieces` are the times at which text of a stream came: one a
-    token, except where a server waits for the rest of a character.
+    token, except where a server waits for the rest of a character. `stages` are seconds by stage, where the
+    server told them.
     """
 
     model: str
@@ -41,6 +45,7 @@ class Result:
     outcome: Outcome
     status: int | None
     pieces: tuple[float, ...] = ()
+    stages: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Client:
         sent = time.perf_counter() - start
         status = None
         moments: list[float] = []
+        stages: dict[str, float] = {}
         body = self.dialect.body(planned.model, planned.text)
         try:
             async with (
@@ -65,6 +71,7 @@ class Client:
                 status = response.status_code
                 if response.is_success:
                     moments = await self.dialect.read(response)
+                    stages = _stages(response.headers)
                     outcome = Outcome.OK
                 else:
                     await response.aread()
@@ -77,7 +84,16 @@ class Client:
             outcome = Outcome.BAD_ANSWER
         end = time.perf_counter() - start
         pieces = tuple(moment - start for moment in moments)
-        return Result(planned.model, planned.due, sent, end, outcome, status, pieces)
+        return Result(planned.model, planned.due, sent, end, outcome, status, pieces, stages)
+
+
+def _stages(headers: httpx.Headers) -> dict[str, float]:
+    """Raises BadAnswerError where a time is no number."""
+    try:
+        told = {stage: headers[name] for stage, name in STAGES.items() if name in headers}
+        return {stage: float(milliseconds) / 1000 for stage, milliseconds in told.items()}
+    except ValueError as error:
+        raise BadAnswerError("a time in the headers is no number") from error
 
 
 def connection_pool(url: str) -> httpx.AsyncClient:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import numpy.typing as npt
 
-from loadtests.client import Outcome, Result
+from loadtests.client import STAGES, Outcome, Result
 from loadtests.experiment import Block
 
 FloatArray = npt.NDArray[np.float64]
@@ -48,6 +48,13 @@ def latencies(block: Block, metric: str) -> FloatArray:
 def pooled(blocks: Iterable[Block], metric: str) -> FloatArray:
     """Of all requests of all blocks, in seconds, shape [count]."""
     return np.concatenate([latencies(block, metric) for block in blocks])
+
+
+def pooled_stages(blocks: Iterable[Block]) -> dict[str, FloatArray]:
+    """What servers told of the requests of all blocks, in seconds, shape [count], by stage."""
+    told = [result.stages for block in blocks for result in block.results]
+    stages = {stage: [times[stage] for times in told if stage in times] for stage in STAGES}
+    return {stage: np.array(seconds) for stage, seconds in stages.items() if seconds}
 
 
 def percentiles(values: FloatArray) -> FloatArray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from loadtests.client import Outcome
 from loadtests.experiment import Block, Run
-from loadtests.latency import METRICS, percentiles, pooled
+from loadtests.latency import METRICS, percentiles, pooled, pooled_stages
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Summary:
     """An arm at one rate, over all its blocks. Rates are per second, latencies seconds.
 
     `latency`: percentiles by metric, in the order of PERCENTILES, without metrics in which nothing was
-    measured; infinite where the request of that rank failed. `lateness`: by how much the generator itself
+    measured; infinite where the request of that rank failed. `stages`: percentiles of what the server told of
+    the requests that it answered. `lateness`: by how much the generator itself
     missed due times, 99th percentile; it is part of the latencies.
     """
 
@@ -31,6 +32,7 @@ class Summary:
     statuses: dict[int, int]
     lateness: float
     latency: dict[str, list[float]]
+    stages: dict[str, list[float]]
 
     @property
     def num_failed(self) -> int:
@@ -63,4 +65,5 @@ def _summary(blocks: Sequence[Block]) -> Summary:
             for metric, values in latency.items()
             if np.isfinite(values).any()
         },
+        stages={stage: percentiles(values).tolist() for stage, values in pooled_stages(blocks).items()},
     )

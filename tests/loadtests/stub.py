@@ -26,6 +26,10 @@ ANSWERS: dict[str, Any] = {
     "/v1/embeddings": EMBEDDING,
 }
 """What the dialects have for one text."""
+TIMES = {
+    "stages": {"x-queue-time": "2.000", "x-inference-time": "5"},
+    "nonsense": {"x-inference-time": "soon"},
+}
 
 
 class Stub:
@@ -33,7 +37,8 @@ class Stub:
 
     Models: `80ms` answers after 80 milliseconds (a stream: 80 before each piece); `crowd` when `crowd_size`
     requests wait; `503` with that status; `never` not at all; `cut` breaks off; `garbage` is no JSON; `empty`
-    answers with no results.
+    answers with no results; `stages` says that its answer waited for 2 ms and took 5, `nonsense` that it took
+    soon.
     """
 
     def __init__(self) -> None:
@@ -79,7 +84,8 @@ class Stub:
         if path == "/v1/completions":
             return StreamingResponse(self._stream(model), media_type="text/event-stream")
         await asyncio.sleep(_delay(model))
-        return JSONResponse({"data": [] if model == "empty" else [ANSWERS[path]] * num_texts})
+        data = [] if model == "empty" else [ANSWERS[path]] * num_texts
+        return JSONResponse({"data": data}, headers=TIMES.get(model))
 
     async def _stream(self, model: str) -> AsyncIterator[str]:
         waits: list[float] = []

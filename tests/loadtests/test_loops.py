@@ -134,6 +134,13 @@ def test_lines_can_be_texts_of_their_own(path, model, outcome, stub, url):
     assert result.outcome is outcome
 
 
+def test_servers_say_where_the_time_went(url):
+    told, untold, wrong = send_all(url, plan([0] * 3, ["stages", "0ms", "nonsense"]))
+    assert told.stages == {"in queue": 0.002, "in pass": 0.005}
+    assert untold.stages == {}
+    assert wrong.outcome is Outcome.BAD_ANSWER
+
+
 def test_a_stream_is_timed_by_its_pieces(stub, url):
     results = send_all(url, plan([0.1] * 5, ["200ms"] * 5), dialect="openai-completions")
     block = Block(0, 5, "stub", 1, results)

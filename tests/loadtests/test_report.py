@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -71,6 +72,13 @@ def test_the_page_shows_every_arm_rate_and_figure(report):
     assert "110.0" in page.text  # milliseconds of the second arm
     assert "1.10 [1.10, 1.10]" in page.text
     assert "mathdefault" not in page.text  # matplotlib's markup of powers
+
+
+def test_the_page_shows_what_servers_told(report):
+    made = report("lora", "molex")
+    summaries = [replace(summary, stages={"in pass": [0.0123] * 4}) for summary in made.summaries]
+    page = Page(render_page(replace(made, summaries=summaries)))
+    assert page.text.count("12.3") == len(summaries) * 4
 
 
 def test_hostile_names_are_text(report):

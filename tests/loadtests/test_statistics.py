@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,6 +56,12 @@ def test_a_summary_counts_everything_once():
     assert summary.throughput == pytest.approx(96 / 4)  # the last request of a block ends after 4 s
     assert summary.lateness == pytest.approx(0.01)
     assert summary.latency == {"total": pytest.approx([0.1, 0.1, 0.1, math.inf])}
+
+
+def test_what_servers_tell_is_summarised_by_stage():
+    told = [replace(result(n / 10, 0.1), stages={"in pass": n / 100}) for n in range(1, 10)]
+    (summary,) = summarise(Run(["one"], [10], {}, [Block(0, 10, "one", 1.0, [*told, result(1, 0.1)])]))
+    assert summary.stages == {"in pass": pytest.approx([0.05, 0.09, 0.09, 0.09])}
 
 
 def test_an_arm_that_answers_nothing_has_no_latency():
