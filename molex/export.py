@@ -9,7 +9,7 @@ import torch
 from molex.backbone import Backbone
 from molex.backends import Wanted, graphs_of
 from molex.errors import MolexError
-from molex.exported import PRECISIONS, Exported, write_about, write_graphs
+from molex.exported import PRECISIONS, Exported, Precision, write_about, write_graphs
 from molex.folders import write_whole
 from molex.layers import StockLayers
 from molex.stock import load_stock
@@ -20,12 +20,13 @@ class ExportError(MolexError):
     """An output folder cannot be written."""
 
 
-def export(base: str | Path, output: Path, precision: str, routed_precision: str | None = None) -> None:
+def export(
+    base: str | Path, output: Path, precision: Precision, routed_precision: Precision | None = None
+) -> None:
     """Write the base to the new folder `output`, with layers as graphs, two a layer (`molex/exported.py`).
 
-    The precisions are those of weights, out of `PRECISIONS`; routed layers have that of the others by
-    default, else a second copy. Raises ExportError, and BaseModelError for a base that cannot be loaded or
-    exported; nothing is left then.
+    Routed layers have the precision of the others by default, else a second copy. Raises ExportError, and
+    BaseModelError for a base that cannot be loaded or exported; nothing is left then.
     """
     if output.exists():
         raise ExportError(f"{output} exists already")

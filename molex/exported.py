@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
 from molex.errors import BaseModelError
 from molex.native.weights import Bits
@@ -22,8 +23,10 @@ from molex.strict_json import parse_object
 ABOUT = "molex_export.json"
 FORMAT = 1
 VOCABULARY = "vocabulary.onnx"
-PRECISIONS: dict[str, Bits | None] = {"fp32": None, "int8": 8, "int4": 4}
-"""The bits of weights, by the name of a precision; None is float32."""
+Precision = Literal["fp32", "int8", "int4"]
+"""Of the weights of layers."""
+PRECISIONS: dict[Precision, Bits | None] = {"fp32": None, "int8": 8, "int4": 4}
+"""Their bits; None is float32."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class Exported:
     """
 
     digest: str
-    precision: str
-    routed_precision: str
+    precision: Precision
+    routed_precision: Precision
     files: Mapping[str, str]
 
     @property
@@ -51,7 +54,7 @@ class Exported:
         if backend not in ("auto", "onnx"):
             raise BaseModelError(f"its layers were exported: they run with the backend onnx, not {backend}")
         if bits not in (None, self.bits) or routed_bits not in (None, self.routed_bits):
-            raise BaseModelError(f"its layers were exported in {self}")
+            raise BaseModelError(f"its layers were exported in {self}, and run in nothing else")
 
     def __str__(self) -> str:
         is_one = self.routed_precision == self.precision

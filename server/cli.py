@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from socket import socket
 from types import FrameType, NoneType
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 import uvicorn
@@ -24,6 +24,7 @@ from rich.console import Console
 from molex.convert import convert
 from molex.errors import MolexError
 from molex.export import export
+from molex.exported import Precision
 from molex.memory import freeze_what_is_loaded, keep_compiled_kernels, keep_freed_memory
 from molex.merge import merge
 from molex.train.cli import evaluate, train
@@ -43,8 +44,6 @@ from server.settings import Settings, is_option, problems, shown
 
 DRAIN_LOOK_SECONDS = 0.1
 """While requests finish, how often to look whether the grace is over or Ctrl-C was pressed again."""
-Precisions = Literal["fp32", "int8", "int4"]
-"""What layers can be exported in."""
 log = logging.getLogger(__name__)
 app = typer.Typer(
     name="molex",
@@ -253,9 +252,9 @@ def merge_adapter(
 def export_base(
     base: Annotated[str, typer.Argument(help="Folder or hub id of a base model.")],
     output: Annotated[Path, typer.Argument(help="Folder to write, a base that runs on ONNX Runtime.")],
-    precision: Annotated[Precisions, typer.Option(help="Of the weights of layers.")] = "fp32",
+    precision: Annotated[Precision, typer.Option(help="Of the weights of layers.")] = "fp32",
     routed_precision: Annotated[
-        Precisions | None, typer.Option(help="Of routed layers alone. Default: that of the others.")
+        Precision | None, typer.Option(help="Of routed layers alone. Default: that of the others.")
     ] = None,
 ) -> None:
     """Write a base model with its layers as ONNX graphs, two a layer."""
