@@ -15,7 +15,7 @@ process for each arm. Its threads look for work before they sleep, or sleep at o
 no bfloat16 on x86: our bfloat16 meets its float32, and the fastest of all its arms. What an arm makes of the
 inputs is compared with what our float32 makes of them before anything is measured.
 
-While one side computes, the threads of the other sleep. `make peers` installs ONNX Runtime, beside infinity.
+While one side computes, the threads of the other sleep.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import chain, product
 from pathlib import Path
 
@@ -40,8 +41,7 @@ from benchmarks.common import (
     report,
 )
 from benchmarks.figures import Figure, save
-from benchmarks.onnx_arms import PEER, SPINNING, TOKENS, Arms, ours, theirs, why_not
-from benchmarks.peers import peer_version
+from benchmarks.onnx_arms import SPINNING, TOKENS, Arms, ours, theirs, why_not
 
 ROUNDS = 15
 PACKAGES = ("onnxruntime", "onnx")
@@ -141,7 +141,7 @@ def main() -> None:
     if (reason := why_not()) is not None:
         sys.exit(f"there is nothing to compare: our kernels {reason}")
     figures = [figure for name in options.bases for figure in compare(name, BASES[name], options.rounds)]
-    save(figures, "bench_onnx", options.output, {name: peer_version(PEER, name) for name in PACKAGES})
+    save(figures, "bench_onnx", options.output, {name: version(name) for name in PACKAGES})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from benchmarks.common import Contestant
-from benchmarks.peers import answering, peer_python
+from benchmarks.peers import answering
 from molex import BARE, MolexModel, Row
 from molex.depths import NativeDepths
 from molex.forward import Forward
@@ -27,8 +28,6 @@ from molex.native import build
 from molex.native.weights import Bits
 from molex.stage import Stage
 
-PEER = "infinity"
-"""The environment that has ONNX Runtime."""
 INPUTS = "inputs.safetensors"
 TOKENS = 20
 """Of a request to an encoder, as long as most sentences."""
@@ -186,7 +185,7 @@ class Arms:
         """
         name = theirs(variant, waits)
         made = self._folder / f"{name}.safetensors"
-        command = [str(peer_python(PEER)), "-m", "benchmarks.onnx_peer", str(self._base)]
+        command = [sys.executable, "-m", "benchmarks.onnx_peer", str(self._base)]
         command += [str(self._folder / INPUTS), str(made), variant, SPINNING[waits]]
         ask = stack.enter_context(answering(command, self._folder / f"{name}.log"))
         arrays = load_file(made)

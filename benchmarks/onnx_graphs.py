@@ -1,4 +1,4 @@
-"""All layers of a base model as one ONNX graph; runs in the environment .peers/infinity.
+"""All layers of a base model as one ONNX graph.
 
     graph = encoder(weights, config, bits=None)
 

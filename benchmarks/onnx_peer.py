@@ -1,6 +1,6 @@
-"""ONNX Runtime as a contestant of bench_onnx; runs in the environment .peers/infinity.
+"""ONNX Runtime as a contestant of bench_onnx, in a process without PyTorch and its threads.
 
-    .peers/infinity/bin/python -m benchmarks.onnx_peer BASE LOAD OUTPUTS PRECISION SPINNING
+    python -m benchmarks.onnx_peer BASE LOAD OUTPUTS PRECISION SPINNING
 
 It makes a graph of the layers of a base, loads it, runs it on every input of the file LOAD, writes what comes
 out to the file OUTPUTS and prints a line. Then it answers every line of its standard input, the name of an

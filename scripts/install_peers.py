@@ -34,7 +34,7 @@ CMAKE_BY_FLAG = {
 built for the very machine; that build crashes in its AMX code, which serves quantized weights alone."""
 
 INFINITY_ONNX = ("optimum==2.1.0", "optimum-onnx==0.1.0", "onnx==1.23.2", "onnxruntime==1.32.0")
-"""What infinity exports and runs graphs with, and what bench_onnx compares with."""
+"""What infinity exports and runs graphs with."""
 
 
 @dataclass(frozen=True)

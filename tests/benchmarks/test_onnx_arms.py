@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from benchmarks.bench_onnx import BASES, THEIRS, figures_of
-from benchmarks.onnx_arms import PEER, SPINNING, Arms, Load, cosines, ours, side_by_side, theirs
+from benchmarks.onnx_arms import SPINNING, Arms, Load, cosines, ours, side_by_side, theirs
 from molex import MolexModel
-from scripts.install_peers import is_installed
 from tests.molex.native.kernels import needs_kernels
 
 FAMILIES = ("llama", "roberta")
@@ -51,7 +50,6 @@ def test_figures_take_the_faster_of_the_ways_to_wait():
 
 
 @needs_kernels
-@pytest.mark.skipif(not is_installed(PEER), reason="ONNX Runtime is not installed; `make peers`")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("precision", "variant"), [("float32", "float32"), ("8 bits", "int8")])
 def test_both_sides_make_the_same_of_the_same_inputs(family, precision, variant, base_folder, tmp_path):
