@@ -65,6 +65,12 @@ def is_exported(base: str | Path) -> bool:
     return (Path(base) / ABOUT).is_file()
 
 
+def graph_bytes(folder: Path) -> int:
+    """What the graphs of an exported base take on the disk. Raises BaseModelError as `read_about`."""
+    graphs = (folder / name for name in read_about(folder).files)
+    return sum(graph.stat().st_size for graph in graphs if graph.is_file())
+
+
 def write_graphs(
     folder: Path, layers: Iterable[tuple[bytes, bytes]], vocabulary: bytes | None
 ) -> dict[str, str]:

@@ -8,8 +8,8 @@ import logging
 import math
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from socket import socket
 from types import FrameType, NoneType
@@ -218,17 +218,24 @@ def _with_settings_as_options(command: Callable[..., None]) -> Callable[..., Non
     return command
 
 
+@contextmanager
+def problems_told() -> Iterator[None]:
+    """What is wrong with what a command was given ends the program, and is all that it prints."""
+    try:
+        yield
+    except MolexError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
 def convert_checkpoint(
     source: Annotated[Path, typer.Argument(help="Folder of an official MoLEx checkpoint.")],
     output: Annotated[Path, typer.Argument(help="Adapter folder to write.")],
     base_out: Annotated[Path | None, typer.Option(help="Folder to write the base model to.")] = None,
 ) -> None:
     """Turn an official MoLEx checkpoint into an adapter and, if asked, its base."""
-    try:
+    with problems_told():
         convert(source, output, base_out)
-    except MolexError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
     typer.echo(f"{output}: adapter written")
 
 
@@ -241,11 +248,8 @@ def merge_adapter(
     ] = None,
 ) -> None:
     """Fold a LoRA adapter into a copy of its base."""
-    try:
+    with problems_told():
         merge(base, adapter, base_out, output)
-    except MolexError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
     typer.echo(f"{base_out}: base written" + (f"\n{output}: adapter written" if output else ""))
 
 
@@ -258,11 +262,8 @@ def export_base(
     ] = None,
 ) -> None:
     """Write a base model with its layers as ONNX graphs, two a layer."""
-    try:
+    with problems_told():
         export(base, output, precision, routed_precision)
-    except MolexError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
     typer.echo(f"{output}: base written, serve it with --base NAME={output} --precision auto")
 
 

@@ -18,6 +18,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 """What a CPU that multiplies bfloat16 matrices in hardware says of itself: x86's two, and Arm's."""
+KERNELS_FLAG = "avx512_bf16"
+"""The one that the kernels need for it."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,16 @@ class Precision:
         return f"{own}{layers} ({self.reason})"
 
 
-def choose_precision(settings: Settings, flags: dict[str, Any] | None = None) -> Precision:
+def choose_precision(settings: Settings, flags: Mapping[str, Any] | None = None) -> Precision:
     """What the settings ask for; `flags` are the CPU's, by default as PyTorch reads them."""
     name, reason = settings.precision, "as set"
-    fastest, why = _fastest(settings, flags or torch.cpu.get_capabilities())
+    flags = flags or torch.cpu.get_capabilities()
+    fastest, why = _fastest(settings, flags)
     if name == "auto":
         name, reason = fastest, f"chosen: {why}"
     if name == "mixed":
         return Precision(torch.float32, torch.bfloat16, reason)
-    own = DTYPES[fastest if name in BITS else name]
+    own = DTYPES[_beside_few_bits(settings, flags) if name in BITS else name]
     routed, bits = settings.routed_precision, BITS.get(name)
     if routed is None or routed in BITS:
         return Precision(own, own, reason, bits, BITS.get(routed or name))
@@ -81,6 +84,11 @@ def _fastest(settings: Settings, flags: Mapping[str, Any]) -> tuple[Literal["bf1
         return "bf16", "a GPU runs the layers of a depth together in it"
     found = [flag for flag in BFLOAT16_FLAGS if flags.get(flag)]
     return ("bf16", f"this CPU has {found[0]}") if found else ("fp32", "this CPU has no bfloat16 products")
+
+
+def _beside_few_bits(settings: Settings, flags: Mapping[str, Any]) -> Literal["bf16", "fp32"]:
+    """What weights in few bits run beside: ONNX Runtime has float32 alone, kernels both on some CPUs."""
+    return "bf16" if settings.backend != "onnx" and flags.get(KERNELS_FLAG) else "fp32"
 
 
 def _spelled(dtype: torch.dtype, bits: Bits | None) -> str:

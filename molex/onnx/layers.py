@@ -116,9 +116,9 @@ class OnnxLayers(InPyTorch):
     def finish(
         self, stage: Stage, numbers: Sequence[int], hidden: Tensor, attended: Tensor
     ) -> Sequence[Tensor]:
-        pairs = zip(stage.read(hidden), attended.contiguous().split(list(stage.counts)), strict=True)
-        inputs = [{"hidden": x, "attended": y} for x, y in pairs]
         counts = list(stage.counts)
+        pairs = zip(stage.read(hidden), attended.contiguous().split(counts), strict=True)
+        inputs = [{"hidden": x, "attended": y} for x, y in pairs]
         outputs: Sequence[Tensor] = hidden.new_empty(sum(counts), hidden.shape[1]).split(counts)
         self._run(self._finishing, stage, numbers, inputs, outputs)
         return outputs

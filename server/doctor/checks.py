@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from molex.errors import BaseModelError, MolexError
+from molex.exported import graph_bytes, is_exported
 from molex.model import MolexModel
 from server.adapters import AdapterStore
 from server.base import load_base
@@ -150,7 +151,8 @@ def _served(settings: Settings) -> Iterator[Finding]:
 def _check_memory(source: str, settings: Settings) -> None:
     """Raises BaseModelError where the weights of a folder are sure not to fit."""
     needed = stored_weights(Path(source)) * precision_of(source, settings).own.itemsize
-    needed += sum(graph.stat().st_size for graph in Path(source).glob("**/*.onnx"))
+    if is_exported(source):
+        needed += graph_bytes(Path(source))
     if needed > (available := available_memory()):
         raise BaseModelError(
             f"its weights take {needed / GIB:.1f} GiB, and {available / GIB:.1f} GiB of memory are available"

@@ -99,6 +99,12 @@ def test_8_bits_leave_activations_in_float32_where_the_cpu_has_no_bfloat16():
     assert chosen({"avx2": True}, precision="int8").own == FLOAT32
 
 
+def test_8_bits_leave_activations_in_float32_where_the_kernels_have_no_bfloat16():
+    """ONNX Runtime runs the layers there, which has none."""
+    assert chosen({"bf16": True}, precision="int8").own == FLOAT32
+    assert chosen({"bf16": True}, precision="auto").own == BFLOAT16
+
+
 def test_int8_contradicts_another_precision_of_routed_layers():
     with pytest.raises(ValueError, match="beside precision int8 routed_precision can only be int4"):
         chosen(precision="int8", routed_precision="bf16")

@@ -8,6 +8,7 @@ import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
 
+from molex.export import export
 from server.catalogue.database import migrate
 from server.catalogue.url import parse_url
 from server.cli import app
@@ -78,6 +79,17 @@ def test_weights_that_cannot_fit_are_not_loaded(doctor, monkeypatch, bases):
     assert result.exit_code == 1
     assert "problem: base enc: its weights take 0.0 GiB" in result.stderr
     assert doctor("--precision", "bf16").exit_code == 0
+
+
+def test_graphs_count_as_weights_of_an_exported_base_alone(doctor, monkeypatch, bases, tmp_path):
+    export(bases["enc"], tmp_path / "exported", "int8")
+    stored = 4 * checks.stored_weights(tmp_path / "exported")
+    monkeypatch.setattr(checks, "available_memory", lambda: stored)
+    options = ["--base", f"a={tmp_path / 'exported'}", "--precision", "auto"]
+    assert "problem: base a: its weights take" in doctor(*options, base=False).stderr
+    # A folder from a hub may hold graphs that nobody loads.
+    (tmp_path / "exported" / "molex_export.json").unlink()
+    assert "its weights take" not in doctor(*options, base=False).stderr
 
 
 @pytest.mark.parametrize(
