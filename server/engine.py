@@ -7,9 +7,12 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import suppress
+from functools import partial
 from threading import Condition, Thread
 from time import perf_counter
 from typing import ParamSpec, TypeVar
+
+import torch
 
 from molex.adapter import BARE, Adapter
 from molex.native.threads import spread_threads
@@ -72,6 +75,11 @@ class Engine:
         for name in bases:
             self._report(name)
         metrics.watch_adapters(settings.max_resident_adapters, self._names_in_use)
+        if settings.device != "cpu":
+            metrics.watch_gpu(
+                allocated=partial(torch.cuda.memory_allocated, settings.device),
+                peak=partial(torch.cuda.max_memory_allocated, settings.device),
+            )
 
     @classmethod
     def load(cls, settings: Settings) -> Engine:

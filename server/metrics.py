@@ -135,6 +135,12 @@ class Metrics:
             self._cold_load_seconds.labels(base, result)
         self._evictions.labels(base)
 
+    def watch_gpu(self, *, allocated: Callable[[], int], peak: Callable[[], int]) -> None:
+        """Read what tensors take of the GPU's memory, and the most they ever took, from these functions."""
+        memory = self._gauge("molex_gpu_memory_bytes", "Memory of tensors on the GPU.", "kind")
+        memory.labels("allocated").set_function(allocated)
+        memory.labels("peak").set_function(peak)
+
     def watch_adapters(self, limit: int, in_use: Callable[[], tuple[list[str], list[str]]]) -> None:
         """Report vLLM's `vllm:lora_requests_info`, from the names of running and of waiting adapters."""
         self._registry.register(_LoraRequests(limit, in_use))

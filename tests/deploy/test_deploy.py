@@ -27,6 +27,7 @@ def exported():
     metrics = Metrics()
     functions = dict.fromkeys(("waiting", "running", "registered", "resident"), lambda: 1)
     metrics.watch_base("b", **functions, pages={"free": lambda: 1}, memory={"weights": lambda: 1})
+    metrics.watch_gpu(allocated=lambda: 1, peak=lambda: 1)
     for stage in ("queue", "tokenize", "forward"):
         metrics.stage("/v1/classify", stage, 0.1)
     metrics.request("/v1/classify", 200, 0.1)

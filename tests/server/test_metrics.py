@@ -7,7 +7,11 @@ from concurrent.futures import Future
 
 import httpx
 import pytest
+import torch
 
+from server.adapters import AdapterStore
+from server.engine import Engine
+from server.metrics import Metrics
 from tests.server.looks import waiting
 
 
@@ -184,6 +188,16 @@ def test_memory_is_counted_by_kind(live):
     assert values["molex_peak_resident_memory_bytes"] > sum(
         values[f'molex_memory_bytes{{base="{base}",kind="weights"}}'] for base in ("enc", "dec")
     )
+
+
+def test_the_memory_of_a_gpu_is_that_of_the_device_that_was_asked_for(settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_allocated", {"cuda:1": 5}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {"cuda:1": 8}.__getitem__)
+    on_gpu, metrics = settings.model_copy(update={"device": "cuda:1"}), Metrics()
+    Engine(on_gpu, {}, AdapterStore({}, on_gpu, metrics), metrics)
+    lines = metrics.render().decode().splitlines()
+    assert 'molex_gpu_memory_bytes{kind="allocated"} 5.0' in lines
+    assert 'molex_gpu_memory_bytes{kind="peak"} 8.0' in lines
 
 
 def test_names_are_those_that_dashboards_use(live):
