@@ -68,6 +68,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 http=bounded_protocol(settings.max_client_seconds),
+                ws="none",
                 timeout_keep_alive=math.ceil(settings.max_client_seconds),
                 timeout_graceful_shutdown=settings.grace_seconds,
             )

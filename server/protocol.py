@@ -78,6 +78,9 @@ class BoundedProtocol(H11Protocol):
         if self._reading is not None:
             self._reading.cancel()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing: clients that offer HTTP/2 too, as Java's does, get HTTP/1.1."""
+
     def _reset(self) -> None:
         """End the connection at once: closing it would wait for the client to read what it was sent."""
         sock = self.transport.get_extra_info("socket")

@@ -96,6 +96,15 @@ def test_a_body_that_nobody_reads_is_cut_off(connection, path):
     assert b"408" not in trickle(connection, b" ").partition(b"\r\n")[0]
 
 
+@pytest.mark.parametrize("offer", [b"h2c", b"websocket"])
+def test_a_client_that_offers_another_protocol_is_answered_in_this_one(connection, offer, caplog):
+    upgrade = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: %b\r\ncontent-length: " % offer
+    for _ in range(2):
+        connection.sendall(WHOLE.replace(b"content-length: ", upgrade))
+        assert answered(connection).startswith(b"HTTP/1.1 200 ")
+    assert not caplog.records
+
+
 def test_an_idle_connection_is_closed(connection):
     connection.sendall(WHOLE)
     said = until_closed(connection)
