@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from typing import Any
-from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from molex.routing import flat_route
-from server.deps import EngineDep, Target, classifier
+from server.deps import EngineDep, classifier
 from server.routes.access import Infer
 from server.routes.prompts import PromptUsage, run_prompts
 from server.schemas import ClassifyRequest
@@ -51,15 +50,11 @@ async def classify(
     """Classify one or more texts with an adapter."""
     target = classifier(engine, caller, body.model)
     sequences = await run_prompts(engine, target, body.inputs, request, response, priority=body.priority)
-    return _answer(target, sequences, return_routes=body.return_routes)
-
-
-def _answer(target: Target, sequences: list[Sequence], *, return_routes: bool) -> ClassifyResponse:
     return ClassifyResponse(
-        id=f"classify-{uuid4().hex}",
+        id=f"classify-{request.state.request_id}",
         created=int(time.time()),
         model=target.name,
-        data=[_classification(sequence, return_routes=return_routes) for sequence in sequences],
+        data=[_classification(sequence, return_routes=body.return_routes) for sequence in sequences],
         usage=PromptUsage.of(sequences),
         adapter_digest=sequences[0].adapter.digest,
     )

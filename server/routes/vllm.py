@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from importlib.metadata import version
-from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
@@ -95,7 +94,7 @@ async def classify(
     )
     tokens = sum(len(sequence.token_ids) for sequence in sequences)
     return VllmClassifyResponse(
-        id=f"classify-{uuid4().hex}",
+        id=f"classify-{request.state.request_id}",
         created=int(time.time()),
         model=target.name,
         data=[_classification(sequence, raw=body.use_activation is False) for sequence in sequences],
