@@ -26,9 +26,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from google.protobuf.message import EncodeError
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from molex.errors import BaseModelError
 from molex.family import Family
 from molex.lora import AdaptedLinear
 from molex.native.weights import GROUP, Bits, rounded
@@ -179,11 +181,18 @@ def layer_graphs(
     bits: Bits | None,
     routed_bits: Bits | None,
 ) -> Iterator[tuple[bytes, bytes]]:
-    """Both halves of each layer, and behind them those of the routed branch if its weights are others."""
+    """Both halves of each layer, and behind them those of the routed branch if its weights are others.
+
+    Raises BaseModelError for a layer that is too large.
+    """
     branches = [bits] if routed_bits == bits else [bits, routed_bits]
-    for of_branch, block in product(branches, blocks):
-        halves = projecting(block, family, of_branch), finishing(block, family, activation, of_branch)
-        yield halves[0].SerializeToString(), halves[1].SerializeToString()
+    for of_branch, (layer, block) in product(branches, enumerate(blocks)):
+        try:
+            halves = projecting(block, family, of_branch), finishing(block, family, activation, of_branch)
+            yield halves[0].SerializeToString(), halves[1].SerializeToString()
+        except EncodeError as error:
+            message = f"a half of layer {layer} takes more than the 2 GB that an ONNX graph can hold"
+            raise BaseModelError(message) from error
 
 
 def projecting(block: nn.Module, family: Family, bits: Bits | None) -> ModelProto:

@@ -6,13 +6,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from google.protobuf.message import EncodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from molex import MolexModel
+from molex.errors import BaseModelError
 from molex.lora import ActiveLora, BatchLora, LoraWeights, LowRank, low_rank_reference
 from molex.native.weights import GROUP
-from molex.onnx.graphs import OPSETS, finishing, in_blocks, projecting
+from molex.onnx import graphs
+from molex.onnx.graphs import OPSETS, finishing, in_blocks, layer_graphs, projecting
 from molex.onnx.layers import Half
 from tests.tiny import DECODERS, ENCODERS
 
@@ -119,3 +122,16 @@ def test_what_overflows_in_one_adapter_stays_there(base_folder):
     half.run({"hidden": hidden}, ActiveLora(batch, [(0, 0, 2), (1, 2, 4), (0, 4, 6)]), 0, output)
     assert not output[2:4].isfinite().all()
     assert output[[0, 1, 4, 5]].isfinite().all()
+
+
+def test_a_layer_that_is_too_large_is_named(base_folder, monkeypatch):
+    def too_large(*_):
+        raise EncodeError("Failed to serialize proto")
+
+    backbone = MolexModel.from_pretrained(base_folder("gpt2")).backbone
+    halves = layer_graphs(backbone.stock_blocks, backbone.family, "gelu", None, None)
+    next(halves)
+    # What protobuf says of 2 GB, which no test should make.
+    monkeypatch.setattr(graphs, "finishing", too_large)
+    with pytest.raises(BaseModelError, match="a half of layer 1 takes more than the 2 GB"):
+        next(halves)
