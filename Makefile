@@ -81,7 +81,7 @@ bench: models ## Measure what needs no peer, in a few minutes; writes runs/bench
 	$(BIN)/python -m benchmarks.bench_many_adapters --rounds 5 --seconds 3 --output $(SHORT)
 	$(BIN)/python -m benchmarks.bench_adapter_load --rounds 2 --block-seconds 5 --output $(SHORT)
 	$(BIN)/python -m benchmarks.bench_matrix_rate --rounds 3 --output $(SHORT)
-	$(BIN)/python -m benchmarks.bench_http_overhead --rounds 4 --output $(SHORT)
+	$(BIN)/python -m benchmarks.bench_http_overhead --rounds 2 --output $(SHORT)
 	$(BIN)/python -m benchmarks.bench_fairness --rounds 3 --block-seconds 4 --output $(SHORT)
 	@$(BIN)/python -m benchmarks.table $(SHORT)
 
