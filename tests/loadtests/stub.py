@@ -44,6 +44,8 @@ class Stub:
     def __init__(self) -> None:
         self.received: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
+        self.callers: list[tuple[str, int]] = []
+        """The other end of the connection that each request came on."""
         self.seconds: list[float] = []
         """How long each request took here, by the clock of this process."""
         self.waits: list[list[float]] = []
@@ -59,6 +61,8 @@ class Stub:
         model = body["model"]
         self.received[model] += 1
         self.bodies.append(body)
+        assert request.client is not None
+        self.callers.append((request.client.host, request.client.port))
         if model == "never":
             while (await request.receive())["type"] != "http.disconnect":
                 pass

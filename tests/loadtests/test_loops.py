@@ -47,6 +47,20 @@ def test_percentiles_are_those_of_the_server(stub, url):
     assert measured == pytest.approx(percentiles(np.array(stub.seconds)), rel=0.05)
 
 
+def test_requests_in_flight_have_connections_of_their_own_which_are_used_again(stub, url):
+    stub.crowd_size = 8
+
+    async def together_then_one_by_one(client):
+        together = await open_loop(client, plan([0] * 8, ["crowd"] * 8))
+        return together + await closed_loop(client, plan([0] * 20, ["0ms"] * 20), 1, 60)
+
+    results = run(url, together_then_one_by_one)
+    assert [result.outcome for result in results] == [Outcome.OK] * 28
+    together, later = set(stub.callers[:8]), set(stub.callers[8:])
+    assert (len(together), len(later)) == (8, 1)
+    assert later <= together
+
+
 def test_requests_go_out_while_the_server_stalls(stub, url):
     """The server answers nobody until all have come: a closed loop would wait for ever."""
     stub.crowd_size = 40
