@@ -93,8 +93,8 @@ bench-full: models peers ## Measure everything, peers included; writes runs/benc
 		$(BIN)/python -m benchmarks.$$script --output runs/bench-full || exit 1; done
 	@$(BIN)/python -m benchmarks.table runs/bench-full
 
-loadtest: models ## Put load on MoLEx, LoRA and the base in three precisions; reports in runs/load
-	@$(BIN)/python -m benchmarks.bench_http_ratio --output runs/load
+loadtest: models ## Put load on MoLEx, LoRA and the base in three precisions, in minutes; reports in runs/load
+	@$(BIN)/python -m benchmarks.bench_http_ratio --rounds 2 --seconds 3 --output runs/load
 
 clean: ## Remove caches and build output; keep .venv and .models
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
