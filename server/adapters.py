@@ -93,7 +93,7 @@ class AdapterStore:
         return sum(served.base == base for served in self._served.copy().values())
 
     def residents(self, base: str) -> list[ServedAdapter]:
-        """Those of a base whose weights are in memory, least recently used first."""
+        """Those of a base whose weights are in memory."""
         with self._lock:
             return [served for served in self._residents if served.base == base]
 
@@ -116,9 +116,9 @@ class AdapterStore:
     ) -> tuple[ServedAdapter, bool]:
         """Read a folder in place and serve it as `name`; returns it, and whether the name is new.
 
-        Its weights stay in memory where there is room; `evict` makes room at the cost of the least recently
-        used. Blocks for the time of reading: call it on a pool thread. Without `base` the base that the
-        adapter fits is found. Raises ServiceError naming the tensor or field at fault.
+        Its weights stay in memory where there is room; `evict` makes room at the cost of the least popular.
+        Blocks for the time of reading: call it on a pool thread. Without `base` the base that the adapter
+        fits is found. Raises ServiceError naming the tensor or field at fault.
         """
         try:
             self.check_name(name, base)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
+from math import inf, log2
 from typing import Generic, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 from molex.adapter import Adapter
 
@@ -23,8 +25,37 @@ class Evictable(Protocol):
 K = TypeVar("K", bound=Evictable)
 
 
+HALF_LIFE = 8
+"""Requests, for each place in memory, after which an earlier one counts half as much."""
+
+
+class Popularity(Generic[K]):
+    """How often and how recently keys were asked for.
+
+    The sum of 2^((t - now) / half_life) over the requests at times t, where each request is one unit of time:
+    the "combined recency and frequency" of Lee et al., "LRFU: A Spectrum of Policies that Subsumes the Least
+    Recently Used and Least Frequently Used Policies" (2001), with λ = 1 / half_life. As now is the same for
+    all, the logarithms of the sums are kept for now = 0: they change with requests, and not with time.
+    """
+
+    def __init__(self, half_life: float) -> None:
+        self.half_life = half_life
+        self._now = 0
+        self._logarithms: WeakKeyDictionary[K, float] = WeakKeyDictionary()
+
+    def __getitem__(self, key: K) -> float:
+        """The higher, the more popular; of what was never asked for, minus infinity."""
+        return self._logarithms.get(key, -inf)
+
+    def asked(self, key: K) -> None:
+        """Count a request."""
+        self._now += 1
+        latest = self._now / self.half_life
+        self._logarithms[key] = latest + log2(1 + 2 ** (self[key] - latest))
+
+
 class Residents(Generic[K]):
-    """Weights by key within a number and a budget of bytes; the least recently used are evicted first.
+    """Weights by key within a number and a budget of bytes; the least popular are evicted first.
 
     `in_use` tells the adapters of admitted requests. Those are not evicted: that would free nothing. Where
     they were replaced or deleted, they take their room until their last request has ended.
@@ -37,14 +68,13 @@ class Residents(Generic[K]):
         self.max_bytes = max_bytes
         self.in_use = in_use
         self._weights: dict[K, Adapter] = {}
-        """The most recently used comes last."""
+        self._popularity: Popularity[K] = Popularity(HALF_LIFE * max_count)
         self._reserved: set[K] = set()
 
     def __contains__(self, key: K) -> bool:
         return key in self._weights
 
     def __iter__(self) -> Iterator[K]:
-        """The residents, least recently used first."""
         return iter(self._weights)
 
     def pinned(self) -> set[Adapter]:
@@ -56,11 +86,9 @@ class Residents(Generic[K]):
         return set(self.in_use()).difference(self._weights.values())
 
     def get(self, key: K) -> Adapter | None:
-        """The weights, if they are in memory, as of now the most recently used."""
-        adapter = self._weights.pop(key, None)
-        if adapter is not None:
-            self._weights[key] = adapter
-        return adapter
+        """The weights for a request, which counts, if they are in memory."""
+        self._popularity.asked(key)
+        return self._weights.get(key)
 
     def reserve(self, key: K, *, evict: bool = True) -> list[K] | None:
         """Keep room for weights that `add` will bring; returns what was evicted for it.
@@ -74,19 +102,24 @@ class Residents(Generic[K]):
         sizes += [adapter.nbytes for adapter in leaving]
         excess, excess_bytes = len(sizes) - self.max_count, sum(sizes) - self.max_bytes
         evicted: list[K] = []
-        for candidate, adapter in self._weights.items() if evict else ():
-            if excess <= 0 and excess_bytes <= 0:
-                break
-            if not candidate.pinned and adapter not in in_use:
+        if evict and (excess > 0 or excess_bytes > 0):
+            for candidate in self._evictable(in_use):
                 evicted.append(candidate)
                 excess -= 1
                 excess_bytes -= candidate.nbytes
+                if excess <= 0 and excess_bytes <= 0:
+                    break
         if excess > 0 or excess_bytes > 0:
             return None
         for candidate in evicted:
             del self._weights[candidate]
         self._reserved.add(key)
         return evicted
+
+    def _evictable(self, in_use: Set[Adapter]) -> list[K]:
+        """The least popular first, and of those that nobody has asked for the one that is there longest."""
+        keys = [key for key, adapter in self._weights.items() if not key.pinned and adapter not in in_use]
+        return sorted(keys, key=self._popularity.__getitem__)
 
     def add(self, key: K, adapter: Adapter) -> None:
         """Put weights into the room that was reserved for them."""

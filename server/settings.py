@@ -195,7 +195,7 @@ class Settings(CatalogueSettings):
         description="Versions of adapters registered at a time, in memory or not.",
     )
     max_resident_adapters: int = Field(
-        1024, ge=1, le=1_000_000, description="Adapters in memory at a time; the least recently used go."
+        1024, ge=1, le=1_000_000, description="Adapters in memory at a time; the least popular go."
     )
     max_resident_bytes: int = Field(
         4_294_967_296, ge=1, le=2**50, description="Memory for the weights of adapters."

@@ -1,17 +1,18 @@
-"""What stays in memory: within both budgets, least recently used first, nothing that is in use or pinned."""
+"""What stays in memory: within both budgets, the most popular, and what is in use or pinned."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from molex.adapter import Adapter
 from molex.config import AdapterConfig
-from server.residents import Residents
+from server.residents import HALF_LIFE, Popularity, Residents
 
 CONFIG = AdapterConfig("CAUSAL_LM", r=1, lora_alpha=1, target_modules=())
 
@@ -39,8 +40,13 @@ class Memory:
             self.residents.add(key, weights_of(key))
         return evicted
 
+    def ask(self, key: Key) -> list[Key] | None:
+        """A request for what is not there."""
+        assert self.residents.get(key) is None
+        return self.load(key)
 
-def test_the_least_recently_used_goes_first():
+
+def test_what_nobody_asked_for_goes_in_the_order_that_it_came_in():
     memory = Memory(3)
     a, b, c, d, e = keys = [Key() for _ in range(5)]
     for key in keys[:3]:
@@ -48,8 +54,74 @@ def test_the_least_recently_used_goes_first():
     assert memory.residents.get(a) is not None
     assert memory.load(d) == [b]
     assert memory.load(e) == [c]
-    assert list(memory.residents) == [a, d, e]
+    assert set(memory.residents) == {a, d, e}
     assert memory.residents.get(b) is None
+
+
+def test_of_what_was_asked_for_as_often_the_least_recent_goes_first():
+    memory = Memory(3)
+    a, b, c = keys = [Key() for _ in range(3)]
+    for key in keys:
+        memory.load(key)
+    for key in (c, a, b):
+        memory.residents.get(key)
+    assert memory.ask(Key()) == [c]
+    assert memory.ask(Key()) == [a]
+
+
+def test_what_many_ask_for_stays_beside_many_that_are_asked_for_once():
+    memory = Memory(2)
+    popular = Key()
+    memory.load(popular)
+    for _ in range(10):
+        memory.residents.get(popular)
+    for _ in range(20):
+        memory.ask(Key())
+    assert popular in memory.residents
+
+
+def test_what_was_popular_once_goes_at_last():
+    memory = Memory(2)
+    popular = Key()
+    memory.load(popular)
+    for _ in range(10):
+        memory.residents.get(popular)
+    for _ in range(10 * 2 * HALF_LIFE):
+        memory.ask(Key())
+    assert popular not in memory.residents
+
+
+def test_requests_count_for_what_is_not_there_too():
+    memory = Memory(2)
+    popular, first = Key(), Key()
+    for _ in range(3):
+        assert memory.residents.get(popular) is None
+    memory.load(popular)
+    memory.ask(first)
+    assert memory.ask(Key()) == [first]
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.floats(1, 100))
+def test_popularity_is_the_sum_of_its_source(requests, half_life):
+    keys = [Key() for _ in range(5)]
+    popularity: Popularity[Key] = Popularity(half_life)
+    for number in requests:
+        popularity.asked(keys[number])
+    now = len(requests)
+    for number, key in enumerate(keys):
+        ages = [now - time for time, asked in enumerate(requests, start=1) if asked == number]
+        expected = sum(2 ** (-age / half_life) for age in ages)
+        assert 2 ** (popularity[key] - now / half_life) == pytest.approx(expected, rel=1e-9)
+
+
+def test_popularity_has_no_end():
+    """After years of requests it neither overflows nor loses the order of the latest ones."""
+    first, second = Key(), Key()
+    popularity: Popularity[Key] = Popularity(8)
+    popularity._now = 10**11
+    popularity.asked(first)
+    popularity.asked(second)
+    assert 0 < popularity[second] - popularity[first] < 1
 
 
 def test_as_many_go_as_the_bytes_of_the_next_need():
@@ -141,15 +213,15 @@ class AnyOrder(RuleBasedStateMachine):
         before = list(residents)
         if (weights := residents.get(key)) is not None:
             self.memory.used.append(weights)
-            assert list(residents)[-1] is key
         elif key not in self.reading:
             evicted = residents.reserve(key)
             if evicted is not None:
                 self.reading.append(key)
-                assert evicted == [k for k in before if k not in residents]
+                assert set(evicted) == {k for k in before if k not in residents}
                 kept = [k for k in before if k in residents and not k.pinned]
                 idle = [k for k in kept if residents._weights[k] not in self.memory.used]
-                assert all(before.index(gone) < before.index(k) for gone in evicted for k in idle)
+                popularity = residents._popularity
+                assert all(popularity[gone] <= popularity[k] for gone in evicted for k in idle)
             else:
                 assert list(residents) == before
 
