@@ -1,23 +1,27 @@
 """Adapters that are read again: files that are still the same need no second look.
 
 What strangers bring goes through `molex.adapter_file`, which accounts for every tensor and value. Of that an
-`Imprint` is kept. It tells whether files are still the same, by BLAKE3, which is as hard to deceive as
-SHA-256 and takes a third of its time. And it makes their adapter in place: the bytes that were read are its
+`Imprint` is kept. It tells whether files are still the same, by a code under a key of this process, which
+takes a tenth of the time of SHA-256. And it makes their adapter in place: the bytes that were read are its
 memory.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
-from blake3 import blake3
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import GCM
 from torch import Tensor
 
 from molex.adapter import Adapter, assemble
@@ -30,6 +34,25 @@ ALIGNMENT = 64
 """Of the first value in memory, as PyTorch has it: a line of the CPU's caches."""
 MOST_HEADER_BYTES = 2**16
 """Of what an adapter keeps in memory beside its values, which nobody counts."""
+CODED_TOGETHER = 2**30
+"""Bytes that OpenSSL is given at a time: it takes less than 2 GiB."""
+
+_key, _nonce = os.urandom(16), os.urandom(12)
+
+
+def authentication_code(*parts: bytes | bytearray | memoryview) -> bytes:
+    """GMAC (NIST SP 800-38D) of bytes that follow each other, under the key of this process.
+
+    Who knows neither the key nor a code can do no better than guess which n other bytes have the code of
+    given ones: a guess is right with a probability of n / 2^132. All codes have one nonce, which is safe
+    because none leaves the process.
+    """
+    encryptor = Cipher(AES(_key), GCM(_nonce)).encryptor()
+    for part in parts:
+        for start in range(0, len(part), CODED_TOGETHER):
+            encryptor.authenticate_additional_data(memoryview(part)[start : start + CODED_TOGETHER])
+    encryptor.finalize()
+    return encryptor.tag
 
 
 class Imprint:
@@ -38,7 +61,7 @@ class Imprint:
     def __init__(self, files: AdapterFiles, adapter: Adapter, layout: Layout) -> None:
         self._config, self._digest = adapter.config, adapter.digest
         self._sizes = len(files.config), len(files.weights)
-        self._fingerprint = blake3(files.config).update(files.weights).digest()
+        self._code = authentication_code(files.config, files.weights)
         self._layout = layout
 
     @classmethod
@@ -67,7 +90,7 @@ class Imprint:
         weights = room.numpy().data[self._layout.lead :]
         _fill(Path(folder), CONFIG_NAME, config)
         _fill(Path(folder), WEIGHTS_NAME, weights)
-        if blake3(config).update(weights).digest() != self._fingerprint:
+        if authentication_code(config, weights) != self._code:
             raise _changed()
         tensors = self._layout.tensors(room, torch.promote_types(dtype, torch.float32), device)
         return assemble(self._config, spec, tensors, digest=self._digest)
@@ -143,7 +166,7 @@ def _layout_of(weights: bytes) -> Layout | None:
     if length > MOST_HEADER_BYTES:
         return None
     text = weights[8 : 8 + length]
-    key = blake3(text).digest()
+    key = sha256(text).digest()
     if (layout := _layouts.get(key)) is None:
         header = {name: fields for name, fields in json.loads(text).items() if name != "__metadata__"}
         stored = {fields["dtype"] for fields in header.values()}
