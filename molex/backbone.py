@@ -122,11 +122,12 @@ class Backbone:
         backbone._use_vocabulary()
         return backbone
 
-    @property
+    # Asked for by every pass and every load; a stock model looks for them among its parameters.
+    @cached_property
     def dtype(self) -> torch.dtype:
         return self._base.dtype  # type: ignore[no-any-return]
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return self._base.device  # type: ignore[no-any-return]
 
