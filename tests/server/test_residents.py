@@ -69,23 +69,24 @@ def test_of_what_was_asked_for_as_often_the_least_recent_goes_first():
     assert memory.ask(Key()) == [a]
 
 
-def test_what_many_ask_for_stays_beside_many_that_are_asked_for_once():
-    memory = Memory(2)
-    popular = Key()
+def with_popular() -> tuple[Memory, Key]:
+    """Two places, one of them with a key that was asked for ten times."""
+    memory, popular = Memory(2), Key()
     memory.load(popular)
     for _ in range(10):
         memory.residents.get(popular)
+    return memory, popular
+
+
+def test_what_many_ask_for_stays_beside_many_that_are_asked_for_once():
+    memory, popular = with_popular()
     for _ in range(20):
         memory.ask(Key())
     assert popular in memory.residents
 
 
 def test_what_was_popular_once_goes_at_last():
-    memory = Memory(2)
-    popular = Key()
-    memory.load(popular)
-    for _ in range(10):
-        memory.residents.get(popular)
+    memory, popular = with_popular()
     for _ in range(10 * 2 * HALF_LIFE):
         memory.ask(Key())
     assert popular not in memory.residents
