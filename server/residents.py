@@ -26,32 +26,30 @@ K = TypeVar("K", bound=Evictable)
 
 
 HALF_LIFE = 8
-"""Requests, for each place in memory, after which an earlier one counts half as much."""
+"""Requests, for each adapter in memory, after which an earlier one counts half as much."""
 
 
 class Popularity(Generic[K]):
     """How often and how recently keys were asked for.
 
-    The sum of 2^((t - now) / half_life) over the requests at times t, where each request is one unit of time:
-    the "combined recency and frequency" of Lee et al., "LRFU: A Spectrum of Policies that Subsumes the Least
-    Recently Used and Least Frequently Used Policies" (2001), with λ = 1 / half_life. As now is the same for
-    all, the logarithms of the sums are kept for now = 0: they change with requests, and not with time.
+    The sum of 2^(t - now) over the requests at times t, in half-lives of a request: the "combined recency and
+    frequency" of Lee et al., "LRFU: A Spectrum of Policies that Subsumes the Least Recently Used and Least
+    Frequently Used Policies" (2001). As now is the same for all, the logarithms of the sums are kept for
+    now = 0: they change with requests, and not with time.
     """
 
-    def __init__(self, half_life: float) -> None:
-        self.half_life = half_life
-        self._now = 0
+    def __init__(self) -> None:
+        self._now = 0.0
         self._logarithms: WeakKeyDictionary[K, float] = WeakKeyDictionary()
 
     def __getitem__(self, key: K) -> float:
         """The higher, the more popular; of what was never asked for, minus infinity."""
         return self._logarithms.get(key, -inf)
 
-    def asked(self, key: K) -> None:
-        """Count a request."""
-        self._now += 1
-        latest = self._now / self.half_life
-        self._logarithms[key] = latest + log2(1 + 2 ** (self[key] - latest))
+    def asked(self, key: K, half_life: float) -> None:
+        """Count a request, of which `half_life` make one half-life."""
+        self._now += 1 / half_life
+        self._logarithms[key] = self._now + log2(1 + 2 ** (self[key] - self._now))
 
 
 class Residents(Generic[K]):
@@ -68,7 +66,7 @@ class Residents(Generic[K]):
         self.max_bytes = max_bytes
         self.in_use = in_use
         self._weights: dict[K, Adapter] = {}
-        self._popularity: Popularity[K] = Popularity(HALF_LIFE * max_count)
+        self._popularity: Popularity[K] = Popularity()
         self._reserved: set[K] = set()
 
     def __contains__(self, key: K) -> bool:
@@ -87,7 +85,7 @@ class Residents(Generic[K]):
 
     def get(self, key: K) -> Adapter | None:
         """The weights for a request, which counts, if they are in memory."""
-        self._popularity.asked(key)
+        self._popularity.asked(key, HALF_LIFE * max(1, len(self._weights)))
         return self._weights.get(key)
 
     def reserve(self, key: K, *, evict: bool = True) -> list[K] | None:

@@ -105,9 +105,9 @@ def test_requests_count_for_what_is_not_there_too():
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.floats(1, 100))
 def test_popularity_is_the_sum_of_its_source(requests, half_life):
     keys = [Key() for _ in range(5)]
-    popularity: Popularity[Key] = Popularity(half_life)
+    popularity: Popularity[Key] = Popularity()
     for number in requests:
-        popularity.asked(keys[number])
+        popularity.asked(keys[number], half_life)
     now = len(requests)
     for number, key in enumerate(keys):
         ages = [now - time for time, asked in enumerate(requests, start=1) if asked == number]
@@ -118,10 +118,10 @@ def test_popularity_is_the_sum_of_its_source(requests, half_life):
 def test_popularity_has_no_end():
     """After years of requests it neither overflows nor loses the order of the latest ones."""
     first, second = Key(), Key()
-    popularity: Popularity[Key] = Popularity(8)
-    popularity._now = 10**11
-    popularity.asked(first)
-    popularity.asked(second)
+    popularity: Popularity[Key] = Popularity()
+    popularity._now = 1e10
+    popularity.asked(first, 8)
+    popularity.asked(second, 8)
     assert 0 < popularity[second] - popularity[first] < 1
 
 
