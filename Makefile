@@ -74,7 +74,7 @@ test: models ## Run the tests
 test-faults: models ## Run the long tests: hostile input, churn, disconnects, reloads under traffic
 	$(TEST_ENV) $(BIN)/python -m pytest -m faults $(ARGS)
 
-bench: models ## Measure what needs no peer, in a few minutes; writes runs/bench/figures.md
+bench: models ## Measure what needs no peer, in some 15 minutes; writes runs/bench/figures.md
 	$(BIN)/python -m benchmarks.bench_lora_classification --rounds 3 --requests 64 --adapters 32 --output $(SHORT)
 	$(BIN)/python -m benchmarks.bench_molex --rounds 3 --requests 128 --adapters 32 --output $(SHORT)
 	$(BIN)/python -m benchmarks.bench_published --rounds 3 --requests 32 --output $(SHORT)
