@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.bench_http_ratio import ADAPTERS, TEXTS
+from benchmarks.bench_http_ratio import ADAPTERS, TEXTS, classify
 from benchmarks.common import DEMO_ENCODER, command_line
 from benchmarks.figures import Figure, save
 from benchmarks.served import own_server
-from loadtests.config import Arm, Config
+from loadtests.config import Config
 from loadtests.measure import measure
 from loadtests.report import Report
 from loadtests.texts import read_texts
@@ -33,10 +33,7 @@ def compare(urls: Mapping[int, str], rounds: int, seconds: float) -> Report:
     """The default is what the others are compared with."""
     budgets = sorted(urls, key=lambda budget: budget != DEFAULT)
     config = Config(
-        arms=[
-            Arm(name=str(budget), url=urls[budget], dialect="molex-classify", models=["sst2-molex"])
-            for budget in budgets
-        ],
+        arms=[classify(str(budget), urls[budget], "sst2-molex") for budget in budgets],
         texts=TEXTS.name,
         popularity="identical",
         shares=SHARES,
