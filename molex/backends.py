@@ -59,7 +59,7 @@ def lay_out(wanted: Wanted, backend: Backend) -> tuple[Layers, str]:
         return _on_onnx(wanted), "ONNX Runtime"
     why_not: str | None = "are not used with the backend torch"
     if backend != "torch":
-        why_not = why_not_natively(wanted.stock, wanted.family, wanted.config, wanted.fewest)
+        why_not = why_not_natively(wanted.stock, wanted.family, wanted.config)
     if why_not is None:
         return _on_kernels(wanted), "the kernels"
     if wanted.fewest is not None:

@@ -126,8 +126,8 @@ class Settings(CatalogueSettings):
     )
     backend: Literal["auto", "torch", "kernels", "onnx"] = Field(
         "auto",
-        description="What runs the layers. kernels: this project's own, which need a CPU with AVX-512 and, "
-        "at the first start, a C++ compiler; onnx: ONNX Runtime, on any CPU, if it is installed; torch: "
+        description="What runs the layers. kernels: this project's own, which need an x86-64 CPU with AVX2 "
+        "and, at the first start, a C++ compiler; onnx: ONNX Runtime, on any CPU, if it is installed; torch: "
         "PyTorch, layer by layer; auto: kernels where they can, elsewhere the faster of ONNX Runtime and "
         "PyTorch, measured at start; on a GPU PyTorch, with the layers of a depth together.",
     )

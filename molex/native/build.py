@@ -1,7 +1,7 @@
 """Compiles the kernels at their first use on a machine, and loads them.
 
 They are C++ on top of PyTorch: its threads and its `brgemm`, oneDNN's product of blocks, which uses AMX,
-AVX-512 and VNNI where the CPU has them. Compiling takes half a minute; the result is kept in
+AVX-512 and VNNI where the CPU has them, else AVX2. Compiling takes half a minute; the result is kept in
 $XDG_CACHE_HOME/molex-serve, by default ~/.cache/molex-serve.
 """
 
@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -24,8 +25,6 @@ COMPILER = "c++"
 FLAGS = (
     "-O3",
     "-std=c++20",
-    "-march=x86-64-v4",
-    "-mprefer-vector-width=512",
     # Nobody reads errno or floating-point exceptions. NaN and infinity keep their meaning.
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -33,6 +32,11 @@ FLAGS = (
     "-fPIC",
     "-shared",
 )
+INSTRUCTIONS = {
+    "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+    "AVX2": ("-march=x86-64-v3",),
+}
+"""By what PyTorch calls the CPU, which ATEN_CPU_CAPABILITY in the environment sets lower."""
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +45,10 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why layers of a precision cannot run on the kernels; None where they can."""
     if device.type != "cpu" or platform.machine() != "x86_64":
         return "run on x86-64 CPUs alone"
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return "need a CPU with AVX-512"
+    if torch.backends.cpu.get_cpu_capability() not in INSTRUCTIONS:
+        return "need a CPU with AVX2"
     if dtype not in (torch.float32, torch.bfloat16):
         return "compute in float32 and bfloat16 alone"
-    if dtype == torch.bfloat16 and not torch.cpu.get_capabilities().get("avx512_bf16"):
-        return "need a CPU with AVX-512's bfloat16 products for that precision"
     return load()
 
 
@@ -82,16 +84,20 @@ def _compile(output: Path) -> None:
     torch_folder = Path(torch.__file__).parent
     include, lib = torch_folder / "include", torch_folder / "lib"
     paths = [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", f"-L{lib}"]
-    command = [COMPILER, *FLAGS, *paths, str(SOURCES / "library.cpp"), "-o", str(output)]
+    command = [COMPILER, *_flags(), *paths, str(SOURCES / "library.cpp"), "-o", str(output)]
     done = subprocess.run([*command, "-ltorch", "-ltorch_cpu", "-lc10"], capture_output=True, text=True)
     if done.returncode != 0:
         log.debug("%s", done.stderr)
         raise OSError(f"{COMPILER} failed: {done.stderr.strip().splitlines()[-1]}")
 
 
+def _flags() -> Sequence[str]:
+    return FLAGS + INSTRUCTIONS[torch.backends.cpu.get_cpu_capability()]
+
+
 def _digest() -> str:
     """Of everything that the compiled library depends on."""
-    digest = hashlib.sha256(repr((FLAGS, torch.__version__)).encode())
+    digest = hashlib.sha256(repr((_flags(), torch.__version__)).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]

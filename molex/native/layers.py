@@ -207,10 +207,8 @@ class NativeLayers:
         return self._tables[lora]
 
 
-def why_not_natively(stock: StockLayers, family: Family, config: Any, bits: Bits | None) -> str | None:
-    """Why layers cannot run on the kernels, with the fewest bits of any weights; None where they can."""
-    if bits == 4 and not torch.cpu.get_capabilities().get("avx512_vnni"):
-        return "need a CPU with AVX-512's products of bytes (VNNI) for weights in 4 bits"
+def why_not_natively(stock: StockLayers, family: Family, config: Any) -> str | None:
+    """Why layers cannot run on the kernels; None where they can."""
     if (activation := getattr(config, family.activation)) not in ACTIVATIONS:
         return f"do not know the function {activation}"
     device = next(stock.blocks[0].parameters()).device

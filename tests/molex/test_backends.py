@@ -14,7 +14,7 @@ from molex.onnx.layers import OnnxLayers
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    monkeypatch.setattr(build, "why_not", lambda dtype, device: "need a CPU with AVX-512")
+    monkeypatch.setattr(build, "why_not", lambda dtype, device: "need a CPU with AVX2")
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_the_faster_one_is_taken(taken, kind, runs_on, model, no_kernels, monkey
     monkeypatch.setattr(backends, "milliseconds", lambda contestants, wanted: taken)
     model.prepack()
     assert isinstance(model.backbone.layers, kind)
-    assert model.runs_on == f"{runs_on}the kernels need a CPU with AVX-512"
+    assert model.runs_on == f"{runs_on}the kernels need a CPU with AVX2"
     assert model([[5, 6]]).logits[0].shape == (2, model.spec.hidden_size)
 
 
@@ -53,7 +53,7 @@ def test_both_are_measured(model, no_kernels):
 def test_without_onnx_runtime_layers_run_on_pytorch(model, no_kernels, no_onnx):
     model.prepack()
     assert isinstance(model.backbone.layers, StockLayers)
-    assert model.runs_on == "PyTorch: the kernels need a CPU with AVX-512"
+    assert model.runs_on == "PyTorch: the kernels need a CPU with AVX2"
     assert model([[5, 6]]).logits[0].shape == (2, model.spec.hidden_size)
 
 
@@ -61,7 +61,7 @@ def test_without_onnx_runtime_layers_run_on_pytorch(model, no_kernels, no_onnx):
 def test_few_bits_run_on_onnx_runtime_where_the_kernels_cannot(bits, model, no_kernels):
     model.prepack(routed_bits=bits)
     assert isinstance(model.backbone.layers, OnnxLayers)
-    assert model.runs_on == "ONNX Runtime: the kernels need a CPU with AVX-512"
+    assert model.runs_on == "ONNX Runtime: the kernels need a CPU with AVX2"
 
 
 def test_few_bits_take_one_of_the_two(model, no_kernels, no_onnx):

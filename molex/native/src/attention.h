@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "elementwise.h"
-#include "linear.h"
+#include "products.h"
 #include "stream.h"
 
 namespace molex {

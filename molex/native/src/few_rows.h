@@ -10,6 +10,8 @@
 #include "tile.h"
 #include "vectors.h"
 
+#ifdef __AVX512F__
+
 namespace molex {
 
 // The most rows of a product that is computed here. For sixteen AMX is as fast or faster.
@@ -19,11 +21,10 @@ constexpr int64_t kRowsAtOnce = 6;
 
 #define MOLEX_DOTS __attribute__((target("avx512bf16,avx512vnni")))
 
-// Whether as many rows are better multiplied here, and this CPU can.
-inline bool takes_dots(int64_t rows) {
-  static const bool can = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+// Whether as many rows are better multiplied here.
+inline bool few_enough(int64_t rows) {
   static const int64_t few = __builtin_cpu_supports("amx-tile") ? kFewRowsBesideAmx : kFewRows;
-  return rows <= few && can;
+  return rows <= few;
 }
 
 // Dot products of two values in bfloat16.
@@ -93,3 +94,5 @@ void multiply_few(int64_t rows, const int32_t* x, int64_t stride, const char* w,
 }
 
 }  // namespace molex
+
+#endif

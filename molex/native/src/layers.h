@@ -11,8 +11,8 @@
 
 #include "attention.h"
 #include "decoding.h"
-#include "linear.h"
 #include "pass.h"
+#include "products.h"
 #include "requests.h"
 #include "rows.h"
 #include "tensors.h"

@@ -41,6 +41,8 @@ inline at::Tensor nibble_sums(const at::Tensor& weights, const at::Tensor& scale
   return (sums * scales.to(at::kFloat).index_select(1, group.to(at::kLong))).sum(1).reshape(-1).contiguous();
 }
 
+#ifdef __AVX512F__
+
 // c [kRows, columns] = x · W for rows x of bytes, `stride` apart.
 template <int64_t kRows>
 __attribute__((target("avx512vnni"))) void nibble_rows(const uint8_t* x, int64_t stride, const Rounding* roundings,
@@ -98,5 +100,7 @@ inline void nibble_product(const uint8_t* x, int64_t stride, const Rounding* rou
     }
   }
 }
+
+#endif
 
 }  // namespace molex

@@ -1,4 +1,4 @@
-// Sixteen values in float32 at a time.
+// As many values in float32 as one register holds, and what the compiler does not make of them by itself.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -9,13 +9,11 @@
 
 namespace molex {
 
+#ifdef __AVX512F__
+
 typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
 // GCC keeps sums of this type in registers, and moves those of __m512i to memory and back at every step.
 typedef int32_t Integers __attribute__((vector_size(64)));
-constexpr int64_t kVector = 16;
-
-// Sixteen neighbouring values in float32.
-inline Vector widened(const float* x) { return *reinterpret_cast<const Vector*>(x); }
 
 inline Vector widened(const at::BFloat16* x) {
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
@@ -40,5 +38,35 @@ inline void sums_of(const Vector* x, float* sums) {
   const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
   _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
 }
+
+#else
+
+typedef float Vector __attribute__((vector_size(32), aligned(4), may_alias));
+
+inline Vector widened(const at::BFloat16* x) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return std::bit_cast<Vector>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+// The sums of four vectors, in fewer steps than one after the other.
+inline void sums_of(const Vector* x, float* sums) {
+  const auto at = [&](int64_t i) { return std::bit_cast<__m256>(x[i]); };
+  const __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(at(0), at(1)), _mm256_hadd_ps(at(2), at(3)));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
+
+inline float sum_of(Vector x) {
+  const __m256 whole = std::bit_cast<__m256>(x);
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128(whole), _mm256_extractf128_ps(whole, 1));
+  const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+
+#endif
+
+constexpr int64_t kVector = sizeof(Vector) / sizeof(float);
+
+// Neighbouring values in float32.
+inline Vector widened(const float* x) { return *reinterpret_cast<const Vector*>(x); }
 
 }  // namespace molex

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +15,8 @@ from molex.errors import BaseModelError
 from molex.layers import StockLayers
 from molex.native import build
 from tests.molex.native.kernels import CPU, needs_kernels
+
+OF_PRODUCTS = [Path(__file__).with_name(f"test_{name}.py") for name in ("layers", "decoding", "vocabulary")]
 
 
 @pytest.fixture
@@ -60,10 +67,37 @@ def test_other_precisions_run_on_pytorch(dtype):
     assert build.why_not(dtype, CPU) is not None
 
 
+def test_an_older_cpu_is_told_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert build.why_not(torch.float32, CPU) == "need a CPU with AVX2"
+
+
+def test_other_instructions_are_another_library(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "_compile", lambda output: output.touch())
+    paths = set()
+    for capability in build.INSTRUCTIONS:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+        paths.add(build.library())
+    assert len(paths) == len(build.INSTRUCTIONS)
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="here the other tests run what this one would"
+)
+def test_kernels_without_avx512_pass_the_same_tests():
+    """Beside AVX-512 in one process they would register under the same names."""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, OF_PRODUCTS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout
+
+
 def test_who_asks_for_the_kernels_gets_nothing_else(base_folder, monkeypatch):
-    monkeypatch.setattr(build, "why_not", lambda dtype, device: "need a CPU with AVX-512")
+    monkeypatch.setattr(build, "why_not", lambda dtype, device: "need a CPU with AVX2")
     model = MolexModel.from_pretrained(base_folder("roberta"))
-    with pytest.raises(BaseModelError, match="cannot run the layers: they need a CPU with AVX-512"):
+    with pytest.raises(BaseModelError, match="cannot run the layers: they need a CPU with AVX2"):
         model.prepack(backend="kernels")
 
 
