@@ -28,7 +28,7 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.common import DEMO_ENCODER, DTYPES, PROJECT, command_line
+from benchmarks.common import DEMO_ENCODER, FAST_DTYPES, PROJECT, command_line
 from benchmarks.figures import Figure, save
 from benchmarks.peers import free_port, peer_python, running
 from benchmarks.served import BASE, PRECISIONS, TEXTS, own_server, requests_per_second
@@ -117,10 +117,10 @@ def all_servers(scratch: Path) -> Iterator[list[Arm]]:
     """Everything that is compared."""
     graph = scratch / "onnx"
     python_of_infinity(EXPORT, str(DEMO_ENCODER), str(graph))
-    engines = [("torch", DEMO_ENCODER, dtype) for dtype in DTYPES] + [("optimum", graph, "float32")]
+    engines = [("torch", DEMO_ENCODER, dtype) for dtype in FAST_DTYPES] + [("optimum", graph, "float32")]
     arms = []
     with ExitStack() as stack:
-        for dtype in DTYPES:
+        for dtype in FAST_DTYPES:
             server = own_server(
                 DEMO_ENCODER, ADAPTERS, scratch / f"own-{dtype}.log", "--precision", PRECISIONS[dtype]
             )
@@ -172,7 +172,8 @@ def figures_of(load: Load, medians: dict[str, float]) -> list[Figure]:
         print(f"  {name:<28}{rate:10.1f} requests/s")
     peers = [name for name in medians if name.startswith("infinity")]
     exact = [name for name in peers if name.endswith("float32")]
-    return [_figure(load, medians, "float32", exact), _figure(load, medians, "bfloat16", peers)]
+    compared = {"float32": exact, "bfloat16": peers}
+    return [_figure(load, medians, dtype, compared[dtype]) for dtype in FAST_DTYPES]
 
 
 def _figure(load: Load, medians: dict[str, float], dtype: str, peers: Sequence[str]) -> Figure:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks.common import (
     DTYPES,
+    FAST_DTYPES,
     PROJECT,
     Contestant,
     behave_as_the_server,
@@ -170,7 +171,7 @@ def available(peers: Sequence[str]) -> list[str]:
 def main() -> None:
     parser = command_line(__doc__, rounds=5)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=FAST_DTYPES)
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     options = parser.parse_args()
     behave_as_the_server()

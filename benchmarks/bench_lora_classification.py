@@ -22,6 +22,7 @@ from transformers import RobertaModel
 
 from benchmarks.common import (
     DTYPES,
+    FAST_DTYPES,
     OWN_PRECISIONS,
     Contestant,
     OwnEngine,
@@ -93,7 +94,7 @@ def compare(setting: Setting) -> list[Figure]:
         engine = OwnEngine(setting.folder, precision)
         adapters = [random_adapter(engine.model.spec, seed=n) for n in range(count)]
         arms: dict[str, Engine] = {"ours": Ours(engine, adapters)}
-        if precision in DTYPES:
+        if precision in FAST_DTYPES:
             arms["peft"] = Peft(setting.folder, precision, count)
         for (who, arm), size in ((item, size) for item in arms.items() for size in setting.requests):
             contestants[f"{who} {precision}, batches of {size}"] = in_batches(
@@ -131,7 +132,7 @@ def print_table(
 ) -> None:
     ratios = {
         f"peft / ours, {arm}": medians[f"peft {arm}"] / medians[f"ours {arm}"]
-        for arm in (f"{dtype}, batches of {size}" for dtype in DTYPES for size in sizes)
+        for arm in (f"{dtype}, batches of {size}" for dtype in FAST_DTYPES for size in sizes)
     }
     ratios |= {f"peft / ours, {how}": ratio for how, ratio in best.items()}
     for arm in (f"{precision}, batches of {max(sizes)}" for precision in OWN_PRECISIONS):

@@ -19,6 +19,7 @@ from torch import nn
 from benchmarks.bench_molex import without_gates
 from benchmarks.common import (
     DTYPES,
+    FAST_DTYPES,
     SHAPES,
     Contestant,
     OwnEngine,
@@ -90,7 +91,7 @@ def compare(shape: str, requests: int, count: int, rounds: int) -> list[Figure]:
     passes: dict[str, dict[str, Counted]] = {}
     yardsticks: dict[str, dict[str, Counted]] = {}
     with base_folder(shape) as folder:
-        for dtype in DTYPES:
+        for dtype in FAST_DTYPES:
             engine = OwnEngine(folder, dtype)
             passes[dtype] = served(engine, requests, count, dtype)
             yardsticks[dtype] = products(engine.model.spec, dtype)
@@ -104,7 +105,7 @@ def compare(shape: str, requests: int, count: int, rounds: int) -> list[Figure]:
         figure_of(
             f"packed pass of {name}, {setting}", name, max(yardsticks[dtype], key=rates.__getitem__), rates
         )
-        for dtype in DTYPES
+        for dtype in FAST_DTYPES
         for name in passes[dtype]
     ]
     report(setting, medians, {figure.what: figure.value for figure in figures})

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from benchmarks.common import (
     DEMO_ENCODER,
-    DTYPES,
+    FAST_DTYPES,
     PROJECT,
     Contestant,
     OwnEngine,
@@ -90,7 +90,7 @@ def both_kinds(
 
 
 def compare(setting: Setting) -> list[Figure]:
-    engines = {dtype: OwnEngine(setting.folder, dtype) for dtype in DTYPES}
+    engines = {dtype: OwnEngine(setting.folder, dtype) for dtype in FAST_DTYPES}
     return [figure for count in setting.requests for figure in compare_batch(setting, engines, count)]
 
 
@@ -108,7 +108,7 @@ def compare_batch(setting: Setting, engines: Mapping[str, OwnEngine], requests: 
     pairs = [(f"MoLEx{note}", f"LoRA{note}") for note in notes] + [("LoRA", "base"), ("MoLEx", "base")]
     ratios = {
         f"{over} / {under}, {dtype}": medians[f"{over} {dtype}"] / medians[f"{under} {dtype}"]
-        for dtype in DTYPES
+        for dtype in FAST_DTYPES
         for over, under in pairs
     }
     title = f"{setting.shape}: {requests} sentences, {setting.adapters} adapters"
@@ -120,7 +120,7 @@ def compare_batch(setting: Setting, engines: Mapping[str, OwnEngine], requests: 
 
 def figure_of(what: str, note: str, medians: Mapping[str, float]) -> Figure:
     """MoLEx over LoRA in the precision that MoLEx is fastest in."""
-    name = fastest(medians, [f"MoLEx{note} {dtype}" for dtype in DTYPES])
+    name = fastest(medians, [f"MoLEx{note} {dtype}" for dtype in FAST_DTYPES])
     pair = [name, name.replace("MoLEx", "LoRA")]
     ratio = medians[pair[0]] / medians[pair[1]]
     measured = milliseconds(medians, pair)

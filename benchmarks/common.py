@@ -26,15 +26,19 @@ from molex.config import AdapterConfig, MolexConfig
 from molex.layers import StockLayers
 from molex.memory import freeze_what_is_loaded, keep_compiled_kernels, keep_freed_memory
 from molex.native.weights import Bits
+from server.precision import BFLOAT16_FLAGS
 
 PROJECT = Path(__file__).parents[1]
 DEMO_ENCODER = PROJECT / ".models" / "e5-small"
 SHAPES = ("demo-encoder", "roberta-base-shape")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+HAS_BFLOAT16 = any(torch.cpu.get_capabilities().get(flag) for flag in BFLOAT16_FLAGS)
+FAST_DTYPES = list(DTYPES) if HAS_BFLOAT16 else ["float32"]
+"""Those that this CPU has products of. PyTorch takes several times as long for others."""
 OWN_PRECISIONS: dict[str, tuple[torch.dtype, Bits | None]] = {
     "float32": (torch.float32, None),
     "bfloat16": (torch.bfloat16, None),
-    "int8": (torch.bfloat16, 8),
+    "int8": (torch.bfloat16 if HAS_BFLOAT16 else torch.float32, 8),
 }
 """What our own engine runs in: the dtype of hidden states and the bits of weights that are rounded."""
 

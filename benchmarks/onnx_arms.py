@@ -26,6 +26,7 @@ from molex.forward import Forward
 from molex.lora import BatchLora, LoraWeights, LowRank
 from molex.native import build
 from molex.native.weights import Bits
+from molex.onnx.sessions import bytes_overflow
 from molex.stage import Stage
 
 INPUTS = "inputs.safetensors"
@@ -186,7 +187,8 @@ class Arms:
         name = theirs(variant, waits)
         made = self._folder / f"{name}.safetensors"
         command = [sys.executable, "-m", "benchmarks.onnx_peer", str(self._base)]
-        command += [str(self._folder / INPUTS), str(made), variant, SPINNING[waits]]
+        command += [str(self._folder / INPUTS), str(made), variant]
+        command += [SPINNING[waits], str(int(bytes_overflow()))]
         ask = stack.enter_context(answering(command, self._folder / f"{name}.log"))
         arrays = load_file(made)
         for inputs in self.contestants:

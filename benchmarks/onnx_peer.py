@@ -1,6 +1,6 @@
 """ONNX Runtime as a contestant of bench_onnx, in a process without PyTorch and its threads.
 
-    python -m benchmarks.onnx_peer BASE LOAD OUTPUTS PRECISION SPINNING
+    python -m benchmarks.onnx_peer BASE LOAD OUTPUTS PRECISION SPINNING EXACT
 
 It makes a graph of the layers of a base, loads it, runs it on every input of the file LOAD, writes what comes
 out to the file OUTPUTS and prints a line. Then it answers every line of its standard input, the name of an
@@ -8,7 +8,8 @@ input and a number of passes, with one of its own when those have run.
 
 LOAD has hidden states by name, and the low-rank factors of the layers, `a0`, `b0`, `a1`, …, which the graph
 has as inputs. PRECISION is one of `PRECISIONS`. SPINNING is 1 or 0: whether threads look for work for a while
-before they sleep. Between two passes they sleep in any case, as others compute then.
+before they sleep. Between two passes they sleep in any case, as others compute then. EXACT is 1 where the
+fastest products of bytes overflow on this CPU, so that slower ones are taken, else 0.
 """
 
 from __future__ import annotations
@@ -51,12 +52,13 @@ def write_graph(base: Path, precision: str, folder: Path) -> Path:
     return quantized
 
 
-def session_of(graph: Path, spinning: str) -> Any:
+def session_of(graph: Path, spinning: str, exact: str) -> Any:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
     options.add_session_config_entry("session.intra_op.allow_spinning", spinning)
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.x64quantprecision", exact)
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
@@ -87,9 +89,9 @@ class Layers:
 
 def main() -> None:
     base, inputs, outputs = map(Path, sys.argv[1:4])
-    precision, spinning = sys.argv[4:]
+    precision, spinning, exact = sys.argv[4:]
     with tempfile.TemporaryDirectory() as scratch:
-        session = session_of(write_graph(base, precision, Path(scratch)), spinning)
+        session = session_of(write_graph(base, precision, Path(scratch)), spinning, exact)
     load = load_file(inputs)
     factors = {node.name for node in session.get_inputs()}
     layers = {name: Layers(session, load, name) for name in load if name not in factors}

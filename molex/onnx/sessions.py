@@ -52,9 +52,14 @@ def _options() -> Any:
     # Between two sessions others compute on the same CPUs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = ERRORS
-    if not any(torch.cpu.get_capabilities().get(flag) for flag in EXACT_BYTES):
+    if bytes_overflow():
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
+
+
+def bytes_overflow() -> bool:
+    """Whether ONNX Runtime's fastest products of bytes may overflow on this CPU."""
+    return not any(torch.cpu.get_capabilities().get(flag) for flag in EXACT_BYTES)
 
 
 @cache
