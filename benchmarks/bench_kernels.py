@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.common import Contestant, measure, report, sentences
+from benchmarks.common import DTYPES, FAST_DTYPES, HAS_BFLOAT16, Contestant, measure, report, sentences
 from benchmarks.facts import facts
 from molex.attention import packed_attention
 from molex.lora import (
@@ -133,11 +133,11 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     print(facts())
     with torch.inference_mode():
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in map(DTYPES.__getitem__, FAST_DTYPES):
             for rows in (16, 128, 1024):
                 linear(rounds, rows, dtype)
             attention(rounds, dtype)
-        for rows in (24, 128, 1024):
+        for rows in (24, 128, 1024) if HAS_BFLOAT16 else ():
             eight_bits(rounds, rows)
         for adapters, rows_each in ((8, 1), (32, 1), (8, 20), (32, 20), (32, 90)):
             low_rank(rounds, adapters, rows_each)

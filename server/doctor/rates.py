@@ -50,9 +50,9 @@ def precision(settings: Settings | None) -> Iterator[Finding]:
 def measured_rates() -> Mapping[str, float]:
     """GFLOP/s of a layer by precision; weights in 8 bits only where the kernels run."""
     rates = {name: layer_rate(dtype) for name, dtype in DTYPES.items()}
-    quick = "bf16" if build.why_not(torch.bfloat16, CPU) is None else "fp32"
-    if build.why_not(DTYPES[quick], CPU) is None:
-        rates["int8"] = layer_rate(DTYPES[quick], bits=8)
+    if build.why_not(torch.float32, CPU) is None:
+        beside = choose_precision(Settings.model_construct(precision="int8")).own
+        rates["int8"] = layer_rate(beside, bits=8)
     return rates
 
 

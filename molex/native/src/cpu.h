@@ -1,4 +1,4 @@
-// What the CPU multiplies by itself.
+// What the CPU has products of.
 #pragma once
 
 namespace molex {
