@@ -30,7 +30,8 @@ from rich.text import Text
 PROJECT = Path(__file__).resolve().parents[1]
 BASES = {"e5-small": ".models/e5-small", "smollm2": ".models/smollm2-135m-instruct"}
 ADAPTERS = PROJECT / "examples" / "adapters"
-READY_SECONDS = 60
+READY_SECONDS = 180
+"""The first start on a machine compiles the kernels."""
 STOP_SECONDS = 40
 """Longer than the server's own grace period."""
 

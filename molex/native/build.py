@@ -1,7 +1,7 @@
 """Compiles the kernels at their first use on a machine, and loads them.
 
 They are C++ on top of PyTorch: its threads and its `brgemm`, oneDNN's product of blocks, which uses AMX,
-AVX-512 and VNNI where the CPU has them, else AVX2. Compiling takes half a minute; the result is kept in
+AVX-512 and VNNI where the CPU has them, else AVX2. Compiling takes up to a minute; the result is kept in
 $XDG_CACHE_HOME/molex-serve, by default ~/.cache/molex-serve.
 """
 
@@ -70,7 +70,7 @@ def library() -> Path:
     if not compiled.exists():
         if shutil.which(COMPILER) is None:
             raise OSError(f"there is no {COMPILER} on the PATH")
-        log.info("compiling the kernels, which takes half a minute at the first start")
+        log.info("compiling the kernels, which takes up to a minute at the first start")
         folder.mkdir(parents=True, exist_ok=True)
         # Several processes may start at once: each compiles into a file of its own, and the last one stays.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:

@@ -89,8 +89,8 @@ class NativeLayers:
     """The layers of a base model with packed weights, in float32, bfloat16, 8 or 4 bits.
 
     All that is not a product is in the precision of the own layers. What weights in another one multiply is
-    rounded to it first, to bytes on a scale of each row where weights have 8 or 4 bits, if the CPU has products
-    of such values: without them weights become float32, and rows are not rounded. No gradients.
+    rounded to it first, to bytes on a scale of each row where weights have 8 or 4 bits, if the CPU has
+    products of such values: without them weights become float32, and rows are not rounded. No gradients.
     """
 
     def __init__(
