@@ -19,7 +19,7 @@ BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 """What a CPU that multiplies bfloat16 matrices in hardware says of itself: x86's two, and Arm's."""
 KERNELS_FLAG = "avx512_bf16"
-"""The one that the kernels need for it."""
+"""The one whose products the kernels use."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _fastest(settings: Settings, flags: Mapping[str, Any]) -> tuple[Literal["bf1
 
 
 def _beside_few_bits(settings: Settings, flags: Mapping[str, Any]) -> Literal["bf16", "fp32"]:
-    """What weights in few bits run beside: ONNX Runtime has float32 alone, kernels both on some CPUs."""
+    """What weights in few bits run beside: ONNX Runtime has float32 alone, kernels gain by bf16 on some."""
     return "bf16" if settings.backend != "onnx" and flags.get(KERNELS_FLAG) else "fp32"
 
 
