@@ -3,10 +3,11 @@
     python -m benchmarks.bench_embeddings [--rounds 5] [--seconds 10]
 
 Five servers run side by side, each in a process of its own: ours in float32 and in bfloat16, infinity's torch
-engine in both, and its ONNX engine, which has float32 only, on a graph optimized as infinity does it. First
-all of them have to return the same vectors. Then a closed loop of callers puts load on one server at a time,
-in rounds of a new order each; the first round only warms up. The texts are sentences of SST-2 from
-../shared/data where that is there, else those of loadtests/demo_texts.txt.
+engine in both, and its ONNX engine, which has float32 only, on a graph optimized as infinity does it. Where
+the CPU has no products of bfloat16 the two in it are left out. First all of them have to return the same
+vectors. Then a closed loop of callers puts load on one server at a time, in rounds of a new order each; the
+first round only warms up. The texts are sentences of SST-2 from ../shared/data where that is there, else
+those of loadtests/demo_texts.txt.
 
 The figures are requests a second of ours over infinity's better engine: in float32, and of our bfloat16 over
 whichever of infinity's is best in either precision. `make peers` installs infinity.

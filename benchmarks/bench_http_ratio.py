@@ -55,18 +55,20 @@ def experiments(urls: dict[str, str], rounds: int, seconds: float) -> Iterator[t
         arms.append(classify(REDUCED, urls[f"{precision}, routed int8"], "sst2-molex"))
         arms.append(classify("merged LoRA", urls[merged(precision)], "sst2-merged"))
         arms.append(Arm(name="base", url=urls[precision], dialect="openai-embeddings", models=[BASE]))
-        yield (
-            precision,
-            Config(
-                arms=arms,
-                texts=TEXTS.name,
-                popularity="identical",
-                shares=SHARES,
-                rounds=rounds,
-                block_seconds=seconds,
-                warmup_seconds=seconds,
-            ),
-        )
+        yield precision, single_sentences(arms, SHARES, rounds, seconds)
+
+
+def single_sentences(arms: list[Arm], shares: list[float], rounds: int, seconds: float) -> Config:
+    """Sentences one by one, in blocks of `seconds`, at shares of what the slowest arm answers."""
+    return Config(
+        arms=arms,
+        texts=TEXTS.name,
+        popularity="identical",
+        shares=shares,
+        rounds=rounds,
+        block_seconds=seconds,
+        warmup_seconds=seconds,
+    )
 
 
 def merged(server: str) -> str:

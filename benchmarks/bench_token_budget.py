@@ -14,11 +14,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.bench_http_ratio import ADAPTERS, TEXTS, classify
+from benchmarks.bench_http_ratio import ADAPTERS, TEXTS, classify, single_sentences
 from benchmarks.common import DEMO_ENCODER, command_line
 from benchmarks.figures import Figure, save
 from benchmarks.served import own_server
-from loadtests.config import Config
 from loadtests.measure import measure
 from loadtests.report import Report
 from loadtests.texts import read_texts
@@ -32,16 +31,8 @@ CALLERS = 64
 def compare(urls: Mapping[int, str], rounds: int, seconds: float) -> Report:
     """The default is what the others are compared with."""
     budgets = sorted(urls, key=lambda budget: budget != DEFAULT)
-    config = Config(
-        arms=[classify(str(budget), urls[budget], "sst2-molex") for budget in budgets],
-        texts=TEXTS.name,
-        popularity="identical",
-        shares=SHARES,
-        rounds=rounds,
-        block_seconds=seconds,
-        warmup_seconds=seconds,
-        num_clients=CALLERS,
-    )
+    arms = [classify(str(budget), urls[budget], "sst2-molex") for budget in budgets]
+    config = single_sentences(arms, SHARES, rounds, seconds).model_copy(update={"num_clients": CALLERS})
     return measure(config, read_texts(TEXTS), "Token budgets", print)
 
 

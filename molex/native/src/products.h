@@ -32,7 +32,7 @@ void wide_product(const Linear& linear, const W* x, int64_t stride, int64_t rows
 inline void product_of_widened(const Linear& linear, const float* x, int64_t stride, int64_t rows, int64_t tile,
                                float* c) {
   const int64_t inputs = linear.stride(), first_weight = tile * inputs * kTile, m = padded_rows(rows);
-  const auto with = [&](const auto& widen) { widened_product(x, stride, m, inputs, widen, c); };
+  const auto with = [&](const auto& widen) { product_in_steps(x, stride, m, inputs, widen, c); };
   if (linear.kind() == Weights::kBfloat16) {
     const auto* w = linear.at<at::BFloat16>() + first_weight;
     with([&](int64_t first, int64_t count, float* y) { widen_weights<16>(w + first * kTile, count, y); });

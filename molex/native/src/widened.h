@@ -65,7 +65,7 @@ inline void scale_columns(const float* scales, int64_t rows, float* y) {
 // c [rows, kTile] = x · W for rows x of `inputs` values, `stride` apart: widen(first, count, y) writes the weights of
 // some inputs as float32 [count, kTile].
 template <class Widen>
-void widened_product(const float* x, int64_t stride, int64_t rows, int64_t inputs, const Widen& widen, float* c) {
+void product_in_steps(const float* x, int64_t stride, int64_t rows, int64_t inputs, const Widen& widen, float* c) {
   alignas(64) thread_local static float w[kWidened * kTile];
   for (int64_t first = 0; first < inputs; first += kWidened) {
     const int64_t count = std::min(kWidened, inputs - first);
