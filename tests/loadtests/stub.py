@@ -48,8 +48,6 @@ class Stub:
         """The other end of the connection that each request came on."""
         self.seconds: list[float] = []
         """How long each request took here, by the clock of this process."""
-        self.waits: list[list[float]] = []
-        """How long it was until each piece of each stream."""
         self.crowd_size = 0
         self._crowded = asyncio.Event()
         routes = [Route(path, self._answer, methods=["POST"]) for path in (*ANSWERS, "/v1/completions")]
@@ -92,12 +90,8 @@ class Stub:
         return JSONResponse({"data": data}, headers=TIMES.get(model))
 
     async def _stream(self, model: str) -> AsyncIterator[str]:
-        waits: list[float] = []
-        self.waits.append(waits)
         for piece in PIECES:
-            begin = time.perf_counter()
             await asyncio.sleep(_delay(model))
-            waits.append(time.perf_counter() - begin)
             yield f"data: {json.dumps({'choices': [{'text': piece}]})}\n\n"
         yield f"data: {json.dumps({'choices': [{'text': '', 'finish_reason': 'length'}]})}\n\n"
         if model != "empty":
