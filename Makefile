@@ -68,8 +68,9 @@ format: $(READY) ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: models ## Run the tests
-	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+# Tests of a file share the servers that it starts, so they stay together.
+test: models ## Run the tests, two files at a time
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-faults: models ## Run the long tests: hostile input, churn, disconnects, reloads under traffic
 	$(TEST_ENV) $(BIN)/python -m pytest -m faults $(ARGS)
