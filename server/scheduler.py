@@ -50,8 +50,8 @@ class Schedulable(Protocol):
 
 S = TypeVar("S", bound=Schedulable)
 
-PART_TOKENS = 3
-"""Of the work of a prompt that is to run in parts, for one step. It is half of a short text, in depths."""
+PART_TOKENS = 1
+"""Of the work of a prompt that is to run in parts, for one step. It is half of a warm-up, in depths."""
 
 
 @dataclass

@@ -10,12 +10,14 @@ from server.errors import ErrorKind, ServiceError
 from server.sequence import Sequence
 
 TEXT = "A short text."
+TOKENS = 2
+"""So many of its first run: more use no other weights, and take longer; one would leave attention no choice."""
 FIRST = -(2**31) - 1
 """A priority before all that a request may have."""
 
 
 async def warm_up(engine: Engine, base: str, adapter: Adapter, tenant: str | None) -> None:
-    """Run a short text through an adapter on the worker, the first of what waits of its tenant.
+    """Run the first tokens of a text through an adapter on the worker, the first of what waits of its tenant.
 
     It runs some depths a step, and leaves every other step to the requests that are there: these wait for few
     of them. A full queue does not refuse it: there are no more warm-ups than loads at a time.
@@ -25,14 +27,15 @@ async def warm_up(engine: Engine, base: str, adapter: Adapter, tenant: str | Non
     deadline = asyncio.get_running_loop().time() + engine.settings.max_request_seconds
     encode = engine.bases[base].tokenization.encode
     [prompt] = await engine.in_pool(deadline, encode, [TEXT], "text", truncate=True)
+    types = prompt.token_type_ids
     sequence = Sequence(
         base,
         adapter,
-        prompt.token_ids,
+        prompt.token_ids[:TOKENS],
         tenant,
         priority=FIRST,
         in_parts=True,
-        token_type_ids=prompt.token_type_ids,
+        token_type_ids=None if types is None else types[:TOKENS],
     )
     submission = engine.submit([sequence], deadline, beyond_limit=True)
     try:
