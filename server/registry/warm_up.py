@@ -11,7 +11,7 @@ from server.sequence import Sequence
 
 TEXT = "A short text."
 TOKENS = 2
-"""So many of its first run: more use no other weights, and take longer; one would leave attention no choice."""
+"""Its first so many run: more use no other weights, and take longer; one leaves attention no choice."""
 FIRST = -(2**31) - 1
 """A priority before all that a request may have."""
 
