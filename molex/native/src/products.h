@@ -18,9 +18,6 @@
 
 namespace molex {
 
-// A kernel is compiled for each number of rows: a few numbers have to do.
-inline int64_t padded_rows(int64_t rows) { return rows <= 4 ? rows : (rows + 3) / 4 * 4; }
-
 template <class W>
 void wide_product(const Linear& linear, const W* x, int64_t stride, int64_t rows, int64_t tile, float* c) {
   const int64_t k = linear.stride();
@@ -29,25 +26,17 @@ void wide_product(const Linear& linear, const W* x, int64_t stride, int64_t rows
 }
 
 // With the weights in float32.
-inline void product_of_widened(const Linear& linear, const float* x, int64_t stride, int64_t rows, int64_t tile,
-                               float* c) {
-  const int64_t inputs = linear.stride(), first_weight = tile * inputs * kTile, m = padded_rows(rows);
-  const auto with = [&](const auto& widen) { product_in_steps(x, stride, m, inputs, widen, c); };
+inline void widened_product(const Linear& linear, const float* x, int64_t stride, int64_t rows, int64_t tile,
+                            float* c) {
+  const int64_t inputs = linear.stride(), first_weight = tile * inputs * kTile;
   if (linear.kind() == Weights::kBfloat16) {
-    const auto* w = linear.at<at::BFloat16>() + first_weight;
-    with([&](int64_t first, int64_t count, float* y) { widen_weights<16>(w + first * kTile, count, y); });
+    product_of_widened<16>(x, stride, rows, inputs, linear.at<at::BFloat16>() + first_weight, nullptr, c);
   } else if (linear.kind() == Weights::kInt8) {
-    const auto* w = linear.at<int8_t>() + first_weight;
-    with([&](int64_t first, int64_t count, float* y) { widen_weights<8>(w + first * kTile, count, y); });
+    product_of_widened<8>(x, stride, rows, inputs, linear.at<int8_t>() + first_weight, nullptr, c);
     scale_columns(static_cast<const float*>(linear.scale_values) + tile * kTile, rows, c);
   } else {
     const NibbleTile nibbles = linear.nibbles(tile);
-    with([&](int64_t first, int64_t count, float* y) {
-      float scales[kTile];
-      for (int64_t j = 0; j < kTile; ++j) scales[j] = nibbles.scales[first / kGroup * kTile + j];
-      widen_weights<4>(nibbles.weights + first / 2 * kTile, count, y);
-      scale_columns(scales, count, y);
-    });
+    product_of_widened<4>(x, stride, rows, inputs, nibbles.weights, nibbles.scales, c);
   }
 }
 
@@ -103,7 +92,7 @@ void tile_product(const Linear& linear, const Operand<T>& x, int64_t rows, int64
   if (linear.kind() != Weights::kFloat && !linear.widened()) return product_in_few_bits(linear, x, rows, tile, c);
 #endif
   const float* values = x.template as<float>();
-  if (linear.widened()) return product_of_widened(linear, values, x.stride, rows, tile, c);
+  if (linear.widened()) return widened_product(linear, values, x.stride, rows, tile, c);
   wide_product(linear, values, x.stride, rows, tile, c);
 }
 

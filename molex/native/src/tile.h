@@ -11,4 +11,7 @@ constexpr int64_t kTile = 64;
 constexpr int64_t kTileVectors = kTile / 16;
 constexpr int64_t kCacheLine = 64;
 
+// A kernel is compiled for each number of rows: a few numbers have to do.
+inline int64_t padded_rows(int64_t rows) { return rows <= 4 ? rows : (rows + 3) / 4 * 4; }
+
 }  // namespace molex
