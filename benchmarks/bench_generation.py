@@ -132,6 +132,8 @@ def all_arms(stack: ExitStack, folder: Path, dtype: str, load: Workload, peers: 
     for peer in peers:
         if dtype in FAST_DTYPES or peer not in ON_PYTORCH:
             add[peer]()
+        else:
+            print(f"{peer}: left out in {dtype}, which this CPU has no products of")
     return arms
 
 
