@@ -4,11 +4,12 @@
         [--output DIR]
 
 16 streams over 8 adapters of rank 8 on queries and values of the demo decoder; every contestant makes the
-same number of tokens after the same prompts, greedily, whether or not it meets the end of its text. Servers
-are asked over HTTP, one stream a request; transformers and llama.cpp are called without a server, which
-spares them its cost. All contestants of 32 bits are loaded at the same time, take turns in a new order each
-round and idle in between; then those of 16 bits, which vLLM and transformers join where the CPU has products
-of bfloat16. `make peers` installs vLLM and llama.cpp.
+same number of tokens after the same prompts, greedily, whether or not it meets the end of its text. All
+compute every prompt anew in each round: ours without reuse of prefixes, vLLM because its blocks on a CPU are
+longer than these prompts. Servers are asked over HTTP, one stream a request; transformers and llama.cpp are
+called without a server, which spares them its cost. All contestants of 32 bits are loaded at the same time,
+take turns in a new order each round and idle in between; then those of 16 bits, which vLLM and transformers
+join where the CPU has products of bfloat16. `make peers` installs vLLM and llama.cpp.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class Arms:
 
     def add_ours(self) -> None:
         for variant, options in OURS[self._dtype].items():
-            server = own_server(MODEL, self._adapters, self._log(f"ours {variant}"), *options)
+            log = self._log(f"ours {variant}")
+            server = own_server(MODEL, self._adapters, log, "--prefix-reuse", "off", *options)
             url, alone = self._stack.enter_context(server), self._load.first_alone()
             self._add(f"ours LoRA {variant}", self._load, over_http(url, self._load, "lora"))
             self._add(f"ours MoLEx {variant}", self._load, over_http(url, self._load, "molex"))
@@ -142,6 +144,8 @@ def figures(rates: Mapping[str, float]) -> Iterator[Figure]:
     for own, peer, bound in AT_THEIR_BEST:
         what = f"{own} / {peer}, each at its best, {STREAMS} streams over {ADAPTERS} adapters, tokens/s"
         yield from _ratio("P6", what, bound, _of(rates, own), _of(rates, peer))
+        unrounded = what.replace("each at its best", "ours in 16 or 32 bits")
+        yield from _ratio("P6", unrounded, None, _of(rates, own, list(DTYPES)), _of(rates, peer))
     measured = [dtype for dtype in DTYPES if _of(rates, "ours LoRA", [dtype])]
     for dtype, (kind, bound) in product(measured, AT_EQUAL_WIDTH):
         what = f"ours / llama.cpp, {DTYPES[dtype].itemsize * 8}-bit weights, {kind}, tokens/s"
@@ -158,7 +162,7 @@ def _of(
 
 
 def _ratio(
-    key: str, what: str, bound: float, ours: Mapping[str, float], theirs: Mapping[str, float]
+    key: str, what: str, bound: float | None, ours: Mapping[str, float], theirs: Mapping[str, float]
 ) -> Iterator[Figure]:
     """One figure, or none where the peer did not run."""
     if theirs:

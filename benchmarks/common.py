@@ -182,7 +182,8 @@ def milliseconds(medians: Mapping[str, float], names: Sequence[str]) -> dict[str
 
 
 def command_line(doc: str | None, rounds: int) -> argparse.ArgumentParser:
-    """The options that all benchmarks with figures have."""
+    """The options that all benchmarks with figures have. Called as the benchmark starts."""
+    facts()
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--output", type=Path, help="folder for the figures; see benchmarks.table")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -16,10 +17,12 @@ PACKAGES = ("torch", "transformers", "peft")
 GIB = 1 << 30
 
 
+@cache
 def facts() -> dict[str, Any]:
     """The machine with its GPU and this checkout's commit, versions of packages, when, and how busy it was.
 
-    `load`: processes that ran or waited, on average over the last minute.
+    `load`: processes that ran or waited, on average over the last minute. All is as it was at the first call,
+    which `benchmarks.common.command_line` makes: a commit made during a run is not what was measured.
     """
     seen = asdict(machine())
     load = seen.pop("load")

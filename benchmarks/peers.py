@@ -28,6 +28,8 @@ STOP_SECONDS = 40
 """Longer than the grace period of any of the servers."""
 POLL_SECONDS = 0.2
 LOG_LINES = 30
+OURS_ALONE = "GOMP_SPINCOUNT"
+"""Importing `server` sets it for this process. Programs start without it, and our server sets it anew."""
 
 
 class PeerError(Exception):
@@ -67,16 +69,16 @@ def running(
     """Run a server until the block ends; yields `url` once `url` + `ready_path` answers with status 200.
 
     `timeout_s`: how many seconds it has for that. What it prints goes to the file `log`. `environment` is
-    added to the variables of this process. All processes that the server starts are stopped with it, also at
-    SIGTERM to this process, so call it on the main thread. Raises PeerError with the end of the log where it
-    ends by itself or does not become ready.
+    added to the variables of this process, without `OURS_ALONE`. All processes that the server starts are
+    stopped with it, also at SIGTERM to this process, so call it on the main thread. Raises PeerError with the
+    end of the log where it ends by itself or does not become ready.
     """
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(environment or {})},
+            env={**_inherited(), **(environment or {})},
             start_new_session=True,
         )
     with _exit_on_sigterm():
@@ -102,6 +104,7 @@ def answering(command: Sequence[str], log: Path) -> Iterator[Callable[[str], str
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
+            env=_inherited(),
             cwd=PEERS.parent,
         ) as process,
     ):
@@ -122,6 +125,10 @@ def answering(command: Sequence[str], log: Path) -> Iterator[Callable[[str], str
         answer()
         yield ask
         # Leaving the block closes its input, and it ends.
+
+
+def _inherited() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != OURS_ALONE}
 
 
 @contextmanager

@@ -95,8 +95,10 @@ def test_every_prompt_is_a_request_of_its_own():
 
 def test_figures_compare_each_at_its_best():
     vllm = {"vllm LoRA float32": 40.0, "vllm LoRA bfloat16 all cores": 50.0}
-    lora, molex = figures(RATES | vllm)
-    assert (lora.key, lora.value, lora.held) == ("P6", 6.0, True)
+    rounded = {"ours LoRA int8, routed int4": 400.0}
+    lora, lora_unrounded, molex, _ = figures(RATES | rounded | vllm)
+    assert (lora.key, lora.value, lora.bound, lora.held) == ("P6", 8.0, 5.0, True)
+    assert (lora_unrounded.key, lora_unrounded.value, lora_unrounded.bound) == ("P6", 6.0, None)
     assert (molex.key, molex.value, molex.held) == ("P6", 4.0, True)
     assert molex.measured == {"ours MoLEx bfloat16": 200.0} | vllm
 

@@ -128,6 +128,13 @@ def test_a_program_answers_line_by_line(tmp_path):
             ask("end")
 
 
+def test_a_program_does_not_inherit_how_long_our_threads_wait(tmp_path, monkeypatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "4000")
+    program = "import os\nprint('ready', flush=True)\ninput()\nprint(os.getenv('GOMP_SPINCOUNT'), flush=True)"
+    with answering([sys.executable, "-c", program], tmp_path / "log") as ask:
+        assert ask("?") == "None\n"
+
+
 def test_a_program_that_ends_before_it_is_ready(tmp_path):
     program = "raise SystemExit('there is no model')"
     with (

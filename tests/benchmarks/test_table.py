@@ -9,8 +9,18 @@ import pytest
 import torch
 
 from benchmarks import table
+from benchmarks.common import command_line
+from benchmarks.facts import facts
 from benchmarks.figures import Figure, save
 from benchmarks.table import read_records, render
+
+
+@pytest.fixture(autouse=True)
+def fresh_facts():
+    """Facts are looked up anew in each test, and after the last."""
+    facts.cache_clear()
+    yield
+    facts.cache_clear()
 
 
 def figure(key="P4", value=4.5, bound=4.0, at_least=True):
@@ -60,10 +70,20 @@ def test_without_a_folder_figures_are_only_printed(tmp_path, capsys, monkeypatch
 def test_a_gpu_is_named_where_there_is_one(tmp_path, monkeypatch):
     save([figure()], "bench_a", tmp_path)
     assert "GPU" not in render(read_records(tmp_path))
+    facts.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Something")
     save([figure()], "bench_a", tmp_path)
     assert "- GPU: NVIDIA Something" in render(read_records(tmp_path))
+
+
+def test_facts_are_those_of_the_start_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("loadtests.machine._commit", lambda: "the commit that runs")
+    command_line("", rounds=1)
+    monkeypatch.setattr("loadtests.machine._commit", lambda: "a commit made meanwhile")
+    save([figure()], "bench_a", tmp_path)
+    [record] = read_records(tmp_path)
+    assert record["machine"]["commit"] == "the commit that runs"
 
 
 def test_table_is_in_the_order_of_the_keys_and_has_everything(tmp_path):
