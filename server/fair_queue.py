@@ -119,7 +119,7 @@ class FairQueue(Generic[Q]):
         self._given: dict[str | None, int] = {}
         """Tokens, on a scale on which only differences between tenants matter."""
         self._last = 0
-        """What the tenant had that left nobody waiting."""
+        """The level when nobody waited any more."""
         self._seen: dict[str | None, float] = {}
         """When a tenant was last active."""
         self._modest: set[str | None] = set()
@@ -245,7 +245,10 @@ class FairQueue(Generic[Q]):
         """Forget the others."""
         for line in self._waiting.values():
             line.keep(wanted)
-        self._waiting = {tenant: line for tenant, line in self._waiting.items() if line}
+        left = {tenant: line for tenant, line in self._waiting.items() if line}
+        if self._waiting and not left:
+            self._last = self._level()
+        self._waiting = left
 
     def clear(self) -> None:
         self._waiting.clear()
@@ -282,7 +285,10 @@ class FairQueue(Generic[Q]):
     def _line(self, tenant: str | None) -> Line[Q]:
         """The tenant's sequences that wait. One that had none starts level with the others."""
         if tenant not in self._waiting:
-            level = min((self._given[other] for other in self._waiting), default=self._last)
-            self._given[tenant] = max(self._given.get(tenant, 0), level)
+            self._given[tenant] = max(self._given.get(tenant, 0), self._level())
             self._waiting[tenant] = Line()
         return self._waiting[tenant]
+
+    def _level(self) -> int:
+        """The least that a tenant had of those that wait."""
+        return min((self._given[tenant] for tenant in self._waiting), default=self._last)

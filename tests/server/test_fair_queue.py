@@ -71,6 +71,16 @@ def test_what_is_not_kept_is_not_held_against_its_tenant():
     assert tenants(drain(target)) == "ab"
 
 
+def test_one_who_comes_after_all_have_left_starts_level_with_them():
+    target = queue(*[Item("a")] * 100)
+    for _ in range(50):
+        target.pop()
+    target.keep(lambda item: False)
+    target.extend([Item("b")] * 50)
+    target.extend([Item("a")] * 50)
+    assert abs(tenants([target.pop() for _ in range(20)]).count("b") - 10) <= 1
+
+
 def test_one_who_asks_for_little_counts_for_some_seconds():
     now = [0.0]
     target: FairQueue[Item] = FairQueue(share=8, places=16, clock=lambda: now[0])
