@@ -43,7 +43,9 @@ class Schedulable(Protocol):
         """Pages of the key-value cache that it holds while it runs; 0 for what ends after its prompt."""
 
     @property
-    def cancelled(self) -> bool: ...
+    def cancelled(self) -> bool:
+        """Whether nobody waits for it any more, which may become so at any time, on another thread."""
+
     @property
     def finished(self) -> bool: ...
 
@@ -144,9 +146,11 @@ class BaseQueue(Generic[S]):
         blocked, taken = False, False
         while self.waiting.has_next:
             sequence = self.waiting.peek()
-            blocked = blocked or not room.fits(sequence)
             if sequence.num_pages and (blocked or self._holds_enough(sequence, room)):
                 self.waiting.set_aside()
+            elif not room.fits(sequence):
+                self.waiting.set_aside()
+                blocked = True
             elif self._runs_in_parts(sequence):
                 self._start_partial(room)
             elif sequence.num_new_tokens <= room.tokens:
@@ -276,9 +280,12 @@ class Scheduler(Generic[S]):
         for queue in self._queues.values():
             if any(sequence.cancelled for sequence in queue.waiting):
                 queue.waiting.keep(lambda sequence: not sequence.cancelled)
-            dropped += [sequence for sequence in queue.started if sequence.cancelled]
-            queue.running = [sequence for sequence in queue.running if not sequence.cancelled]
+            left: list[S] = []
+            for sequence in queue.running:
+                (dropped if sequence.cancelled else left).append(sequence)
+            queue.running = left
             if queue.partial is not None and queue.partial.cancelled:
+                dropped.append(queue.partial)
                 queue.partial = None
         return dropped
 

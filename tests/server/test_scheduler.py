@@ -189,6 +189,32 @@ def test_cancelled_work_is_dropped_waiting_or_running():
     assert step(target) == [works[1]]
 
 
+class LeavingWork(Work):
+    """Cancelled by another thread right after the first look at it."""
+
+    looks = 0
+
+    @property
+    def cancelled(self) -> bool:
+        self.looks += 1
+        return self.looks > 1
+
+    @cancelled.setter
+    def cancelled(self, value: bool) -> None:
+        assert not value
+
+
+def test_what_is_cancelled_while_the_scheduler_looks_is_kept_or_returned():
+    target, leaving = scheduler(), LeavingWork(1, outputs=9)
+    target.add([leaving])
+    step(target)
+    leaving.looks = 0
+    assert target.drop_cancelled() == []
+    assert target.num_running("a") == 1
+    assert target.drop_cancelled() == [leaving]
+    assert target.num_running("a") == 0
+
+
 def test_drop_all_returns_everything():
     target, works = scheduler("ab"), [Work(1, outputs=9), Work(20), Work(30)]
     target.add(works)
@@ -319,6 +345,15 @@ def test_a_generation_that_needs_more_than_half_of_the_cache_is_not_kept_from_it
     step(target)
     target.add([large])
     assert step(target) == [large]
+
+
+def test_what_waits_for_its_own_tenant_to_end_holds_up_nobody_else():
+    target = scheduler(budget=100, share=10, slots=4, pages=10)
+    target.add([Work(1, outputs=9, pages=4, tenant="flood")])
+    step(target)
+    # Half of the pages are what the flood may have, and more than are left.
+    target.add([Work(1, outputs=9, pages=7, tenant="flood"), Work(1, outputs=9, pages=2, tenant="light")])
+    assert [work.tenant for work in step(target)] == ["flood", "light"]
 
 
 def test_priorities_order_what_waits_within_a_tenant_alone():
