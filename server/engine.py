@@ -275,6 +275,10 @@ class Engine:
         """What was evicted, replaced or deleted and is still used by requests."""
         return sum(a.nbytes for a in self._adapters_in_use([base]) & self.adapters.leaving())
 
+    def _num_waiting(self, base: str) -> int:
+        with self._wake:
+            return self._scheduler.num_waiting(base)
+
     def _names_in_use(self) -> tuple[list[str], list[str]]:
         """Names of the adapters that running and that waiting sequences use."""
         with self._wake:
@@ -290,7 +294,7 @@ class Engine:
         runner = self.bases[base].runner
         self.metrics.watch_base(
             base,
-            waiting=lambda: self._scheduler.num_waiting(base),
+            waiting=lambda: self._num_waiting(base),
             running=lambda: self._scheduler.num_running(base),
             registered=lambda: self.adapters.count(base),
             resident=lambda: len(self.adapters.residents(base)),
