@@ -14,12 +14,6 @@ from server.runner import ModelRunner
 from server.settings import Settings
 from server.tokenization import Tokenization
 
-WARM_ROWS = 512
-"""Everyday batches: 0.3 s and 80 to 140 MB at start for the demo encoder.
-
-Up to 2,048 rows it would be 1 to 2 s and twice the memory.
-"""
-
 
 @dataclass(frozen=True)
 class Base:
@@ -45,7 +39,6 @@ def load_base(name: str, source: str, settings: Settings) -> Base:
     except BaseModelError as error:
         raise BaseModelError(f"base {name!r}: {error}") from error
     model.use_bank(settings.max_bank_bytes)
-    model.warm_up(min(WARM_ROWS, settings.max_batch_tokens))
     tokenization = Tokenization.from_pretrained(source, model.spec, max_length=settings.max_length)
     runner = ModelRunner(
         model,

@@ -6,11 +6,12 @@ import asyncio
 import json
 import random
 from concurrent.futures import Future
+from threading import current_thread
 
 import httpx
 import pytest
 
-from molex import write_adapter
+from molex import MolexModel, write_adapter
 from molex.decoding import Decoding
 from molex.forward import Forward
 from tests.molex.native.kernels import needs_kernels
@@ -558,6 +559,20 @@ def test_an_engine_that_stops_answers_what_is_left(settings, start, threads, bra
     held.release()
     assert first.result().status_code == 200
     assert second.result().status_code == 503
+    assert live.classify(model="judge", input="w1").status_code == 503
+
+
+def test_the_thread_that_runs_the_layers_is_warm_before_the_first_request(settings, start, monkeypatch):
+    warmed = []
+    monkeypatch.setattr(MolexModel, "warm_up", lambda model, rows: warmed.append((current_thread(), rows)))
+    worker = start(settings.model_copy(update={"max_batch_tokens": 100})).engine._worker
+    assert warmed == [(worker, 100)] * len(settings.bases)
+
+
+def test_a_worker_that_dies_while_it_warms_up_holds_up_no_start(settings, start, monkeypatch):
+    monkeypatch.setattr(MolexModel, "warm_up", None)
+    live = start(settings)
+    assert live.http.get("/readyz").status_code == 503
     assert live.classify(model="judge", input="w1").status_code == 503
 
 
