@@ -81,15 +81,15 @@ class Backbone:
         self.exported = exported
         self._digest = _digest(model) if exported is None else exported.digest
         blocks = list(attrgetter(self.family.layers)(base))
-        self._attention = [
-            AttentionOptions(self.num_kv_heads, *attention_options(block, self.family, self.config))
-            for block in blocks
-        ]
         routed = [] if routed_dtype in (None, base.dtype) else copied(blocks, routed_dtype)
         self._outside_layers = _nbytes(model) - sum(map(_nbytes, blocks))
         self.stock_blocks = blocks
         stock = StockLayers(blocks, self.family, routed)
         self.modules = stock.modules
+        self._attention = [
+            AttentionOptions(self.num_kv_heads, *attention_options(block, self.family, self.config))
+            for block in blocks
+        ]
         self.num_layers = len(blocks)
         self.layers: Layers = stock
         self.runs_on = "PyTorch"
@@ -148,14 +148,19 @@ class Backbone:
             digest=self._digest,
         )
 
-    @cached_property
-    def num_kv_heads(self) -> int:
-        return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
-
+    # From the shapes of the layers: a config may hold numbers of heads that its family does not read.
     @cached_property
     def head_dim(self) -> int:
-        default = self.config.hidden_size // self.config.num_attention_heads
-        return int(getattr(self.config, "head_dim", None) or default)
+        return self.modules[self.family.join][0] // self.num_heads
+
+    @cached_property
+    def num_kv_heads(self) -> int:
+        projected = sum(self.modules[name][1] for name in self.family.projections)
+        return (projected // self.head_dim - self.num_heads) // 2
+
+    @cached_property
+    def num_heads(self) -> int:
+        return int(self.config.num_attention_heads)
 
     @cached_property
     def layers_share_attention(self) -> bool:
@@ -207,7 +212,7 @@ class Backbone:
 
         All layers of a branch have the same shapes, so its first one calls for every kernel.
         """
-        width = self.config.num_attention_heads * self.head_dim
+        width = self.num_heads * self.head_dim
         for number in {0, self.layers.first_routed}:
             for rows in self.layers.compiled_sizes(max_rows):
                 run_once(self.layers, number, rows, self.config.hidden_size, width, self.device)

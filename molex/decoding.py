@@ -87,7 +87,7 @@ def _steps(backbone: Backbone, count: int) -> NativeDecoding | GroupedDecoding:
     if isinstance(layers, GroupedLayers):
         return GroupedDecoding(layers, head_dim, options)
     assert isinstance(layers, NativeLayers)
-    return NativeDecoding(layers, count, backbone.config.num_attention_heads, head_dim, options)
+    return NativeDecoding(layers, count, backbone.num_heads, head_dim, options)
 
 
 def _planned(forward: Forward, cache: KVCache) -> tuple[RunStats, NativeDecoding | GroupedDecoding]:

@@ -115,7 +115,9 @@ def _table(adapter: Adapter, num_layers: int, width: int) -> MixtureTable:
         return _unmixed(num_layers, width)
     table = _tables.get(adapter)
     if table is None or table.fits != (num_layers, width):
-        table = _tables[adapter] = MixtureTable(adapter, num_layers, width)
+        table = MixtureTable(adapter, num_layers, width)
+        if not adapter.parameters():  # Else its mixture is being learned, and soon another one.
+            _tables[adapter] = table
     return table
 
 
@@ -175,7 +177,7 @@ class NativeDepths:
             hidden.contiguous(),
             first,
             first + count,
-            backbone.config.num_attention_heads,
+            backbone.num_heads,
             options.num_kv_heads,
             backbone.head_dim,
             options.scaling,

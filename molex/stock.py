@@ -91,3 +91,9 @@ def _check_supported(base: str, config: PretrainedConfig) -> None:
         raise BaseModelError(f"base model {base!r}: relative position embeddings are not supported")
     if getattr(config, "reorder_and_upcast_attn", False):
         raise BaseModelError(f"base model {base!r}: reorder_and_upcast_attn is not supported")
+    if FAMILIES[config.model_type].rotary:
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        if kv_heads < 1 or heads % kv_heads:
+            raise BaseModelError(
+                f"base model {base!r}: {heads} query heads cannot share {kv_heads} key heads evenly"
+            )

@@ -29,13 +29,18 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor
 TARGETS = {"bert": ("query", "value"), "roberta": ("query", "value"), "gpt2": ("attn.c_attn", "c_fc")}
 
 
-def tiny_base(model_type: str, folder: str | Path, seed: int = 0, *, characters: bool = False) -> Path:
-    """Save a random base model of a family, with a tokenizer of words or characters; returns its folder."""
+def tiny_base(
+    model_type: str, folder: str | Path, seed: int = 0, *, characters: bool = False, **changes: Any
+) -> Path:
+    """Save a random base model of a family, with a tokenizer of words or characters; returns its folder.
+
+    `changes` are fields of its config.
+    """
     logging.disable_progress_bar()
     torch.manual_seed(seed)
     loader: Any = AutoModelForCausalLM if FAMILIES[model_type].causal else AutoModel
     options = {"add_pooling_layer": False} if model_type == "roberta" else {}
-    model = loader.from_config(_config(model_type), **options)
+    model = loader.from_config(_config(model_type, **changes), **options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
@@ -44,19 +49,18 @@ def tiny_base(model_type: str, folder: str | Path, seed: int = 0, *, characters:
     return Path(folder)
 
 
-def _config(model_type: str) -> Any:
-    sizes = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+def _config(model_type: str, **changes: Any) -> Any:
+    sizes: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     if model_type == "gpt2":
         sizes |= {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": POSITIONS}
-        return AutoConfig.for_model(model_type, **sizes)
+        return AutoConfig.for_model(model_type, **sizes | changes)
     sizes |= {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
     sizes |= {"intermediate_size": 64, "max_position_embeddings": POSITIONS}
-    extra: dict[str, Any] = {}
     if model_type in DECODERS:
-        extra = {"num_key_value_heads": 2}
+        sizes |= {"num_key_value_heads": 2}
     if model_type == "mistral":
-        extra |= {"sliding_window": 7}
-    return AutoConfig.for_model(model_type, **sizes, **extra)
+        sizes |= {"sliding_window": 7}
+    return AutoConfig.for_model(model_type, **sizes | changes)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -58,7 +58,7 @@ def load() -> str | None:
     try:
         torch.classes.load_library(str(library()))
     except (OSError, RuntimeError) as error:
-        log.warning("layers run on PyTorch alone, because its kernels could not be built: %s", error)
+        log.warning("the kernels could not be built: %s", error)
         return f"could not be built: {error}"
     return None
 
@@ -88,7 +88,13 @@ def _compile(output: Path) -> None:
     done = subprocess.run([*command, "-ltorch", "-ltorch_cpu", "-lc10"], capture_output=True, text=True)
     if done.returncode != 0:
         log.debug("%s", done.stderr)
-        raise OSError(f"{COMPILER} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise OSError(f"{COMPILER} failed: {_first_error(done)}")
+
+
+def _first_error(done: subprocess.CompletedProcess[str]) -> str:
+    """What a compiler says is wrong; behind it are lines that follow from it, or tell nothing."""
+    lines = (line.strip() for line in done.stderr.splitlines())
+    return next((line for line in lines if "error" in line), f"it ended with {done.returncode}")
 
 
 def _flags() -> Sequence[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -17,7 +18,7 @@ from molex.errors import InputError
 from molex.family import Family
 from molex.gate import Gate, LinearGate, gate_logits
 from molex.layers import StockLayers
-from molex.lora import AdaptedLinear, BatchLora, LoraWeights
+from molex.lora import AdaptedLinear, BatchLora, LoraWeights, LowRank
 from molex.native import build
 from molex.native.vocabulary import NativeVocabulary
 from molex.native.votes import elect
@@ -47,7 +48,8 @@ class FactorTable:
     """Where the factors of one adapter lie in memory, for the kernels: `fields` [sites, 5].
 
     It keeps the tensors that the addresses are of. For an adapter that was read from a folder these are its
-    own; other factors are copied where they lie in another order.
+    own; other factors are copied where they lie in another order, and `refresh` copies those anew that are
+    being trained.
     """
 
     def __init__(self, lora: LoraWeights, modules: Mapping[str, tuple[int, int]], num_layers: int) -> None:
@@ -57,6 +59,7 @@ class FactorTable:
         """
         places = {name: place for place, name in enumerate(modules)}
         self._kept: list[Tensor] = []
+        self._in_training: list[tuple[LowRank, Tensor, Tensor]] = []
         sites, rows = [], []
         for (layer, module), update in lora.updates.items():
             a, b = update.a, update.b
@@ -65,6 +68,8 @@ class FactorTable:
                 raise InputError(f"the factors of {module} in layer {layer} do not fit the base model")
             a, b = _row_by_row(a), _row_by_row(b.T)
             self._kept += [a, b]
+            if update.takes_gradients:
+                self._in_training.append((update, a, b))
             sites.append(layer * len(places) + places[module])
             rows.append((a.data_ptr(), b.data_ptr(), rank, outputs, _bits(update.scaling)))
         fields = np.zeros((num_layers * len(places), FACTOR_FIELDS), dtype=np.int64)
@@ -72,17 +77,33 @@ class FactorTable:
             fields[sites] = rows
         self.fields = torch.from_numpy(fields)
 
+    def refresh(self) -> None:
+        """Have the addresses hold what the factors are by now."""
+        for update, a, b in self._in_training:
+            with torch.inference_mode():  # What was made in this mode is changed in it alone.
+                a.copy_(update.a)
+                b.copy_(update.b.T)
+
 
 def _row_by_row(factor: Tensor) -> Tensor:
     """A factor in float32 and contiguous: itself, where that is how it lies."""
     if factor.dtype == torch.float32 and factor.is_contiguous() and not factor.requires_grad:
         return factor
-    return factor.detach().float().contiguous()
+    return factor.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
 def _bits(number: float) -> int:
     """The bits of a number in double precision, in the place of an integer."""
     return int(np.float64(number).view(np.int64))
+
+
+@dataclass(frozen=True)
+class LastFactors:
+    """The tables of a batch's adapters, and their `fields` [members, sites, 5]."""
+
+    lora: ReferenceType[BatchLora]
+    tables: Sequence[FactorTable]
+    fields: Tensor
 
 
 class NativeLayers:
@@ -121,7 +142,7 @@ class NativeLayers:
         for block in routed if self.first_routed else []:
             self._add(block, routed_bits)
         self._tables: WeakKeyDictionary[LoraWeights, FactorTable] = WeakKeyDictionary()
-        self._factors: tuple[ReferenceType[BatchLora], Tensor] | None = None
+        self._factors: LastFactors | None = None
 
     def _add(self, block: Any, bits: Bits | None) -> None:
         family, places = self._family, list(self._modules)
@@ -195,12 +216,16 @@ class NativeLayers:
 
     def factors_of(self, lora: BatchLora) -> Tensor:
         """The tables of the batch's adapters [members, sites, 5]."""
-        if self._factors is None or self._factors[0]() is not lora:
-            tables = [self._table(weights).fields for weights in lora.adapters]
+        of_last_batch = self._factors
+        if of_last_batch is None or of_last_batch.lora() is not lora:
+            tables = [self._table(weights) for weights in lora.adapters]
             sites = self._num_layers * len(self._modules)
             empty = torch.empty(0, sites, FACTOR_FIELDS, dtype=torch.int64)
-            self._factors = (ref(lora), torch.stack(tables) if tables else empty)
-        return self._factors[1]
+            fields = torch.stack([table.fields for table in tables]) if tables else empty
+            of_last_batch = self._factors = LastFactors(ref(lora), tables, fields)
+        for table in of_last_batch.tables:
+            table.refresh()
+        return of_last_batch.fields
 
     def _table(self, lora: LoraWeights) -> FactorTable:
         if lora not in self._tables:
@@ -227,7 +252,9 @@ def release(blocks: Sequence[Any]) -> None:
 
 def is_linear(gate: Gate) -> bool:
     """Whether the kernels know a gate and its weights as they lie."""
-    return isinstance(gate, LinearGate) and gate.weight.dtype == torch.float32 and gate.weight.is_contiguous()
+    return isinstance(gate, LinearGate) and all(
+        tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in (gate.weight, gate.bias)
+    )
 
 
 def _norm(module: Any) -> list[Tensor]:

@@ -143,10 +143,24 @@ def test_an_unsupported_family_is_named_with_the_supported_ones(tmp_path):
         ("roberta", {"add_cross_attention": True}, "add_cross_attention is not supported"),
         ("bert", {"position_embedding_type": "relative_key"}, "relative position embeddings"),
         ("gpt2", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn"),
+        ("llama", {"num_key_value_heads": 3}, "4 query heads cannot share 3 key heads evenly"),
+        ("qwen2", {"num_key_value_heads": 0}, "4 query heads cannot share 0 key heads evenly"),
     ],
 )
 def test_unsupported_options_are_named(family, changes, words, base_folder, tmp_path):
     assert words in refusal(copy_of(base_folder(family), tmp_path, **changes))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@torch.inference_mode()
+def test_numbers_of_heads_that_a_family_does_not_read_change_nothing(family, base_folder, tmp_path):
+    folders = base_folder(family), copy_of(base_folder(family), tmp_path, head_dim=16, num_key_value_heads=1)
+    answers = []
+    for folder in folders:
+        model = MolexModel.from_pretrained(folder)
+        model.prepack()
+        answers.append(model.run([Row(random_ids(6, seed=2))]).logits[0])
+    assert torch.equal(*answers)
 
 
 def test_missing_weights_are_named(base_folder, tmp_path):

@@ -25,6 +25,7 @@ struct AttentionShape {
   int64_t window;  // tokens that each sees, itself included; 0: all
 
   int64_t columns() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
+  bool shares_evenly() const { return num_kv_heads > 0 && num_heads % num_kv_heads == 0; }
 };
 
 // The tokens of a request: `count` whose queries, keys and values lie side by side, [count, columns], behind `past` ones
@@ -144,7 +145,8 @@ void attend_block(const AttentionShape& shape, const Tokens<T>& tokens, int64_t 
     for (int64_t c = 0; c < dim; ++c) softmax.queries[r * dim + c] = static_cast<float>(query[c]) * shape.scaling;
   }
   const int64_t end = shape.causal ? std::min(tokens.total(), place + rows) : tokens.total();
-  for (int64_t key = 0; key < end; key += kKeys) {
+  const int64_t begin = shape.window ? std::max(place + 1 - shape.window, int64_t{0}) / kKeys * kKeys : 0;
+  for (int64_t key = begin; key < end; key += kKeys) {
     const int64_t keys = std::min(kKeys, tokens.total() - key), padded = padded_keys(keys);
     at::native::cpublas::brgemm(m, padded, dim, dim, padded, padded, false, softmax.queries.data(),
                                 scratch.memory.transposed.data() + key * dim, softmax.scores.data());

@@ -125,6 +125,13 @@ struct PackedLayers : torch::CustomClassHolder {
     });
   }
 
+  // The kernels read and write heads where the shape says that they are.
+  void check_shape(const AttentionShape& shape) const {
+    TORCH_CHECK(shape.shares_evenly(), "query heads must share key heads evenly");
+    TORCH_CHECK(with_layers([&](const auto& layers) { return layers.has_heads(shape); }), "the layers have no ",
+                shape.num_heads, " and ", shape.num_kv_heads, " heads of ", shape.head_dim);
+  }
+
   int64_t depth() const { return wide_.depth(); }
   at::ScalarType dtype() const { return bfloat16_ ? at::kBFloat16 : at::kFloat; }
 
@@ -217,6 +224,7 @@ struct Depths : torch::CustomClassHolder {
              const Tensor& sin) {
     TORCH_CHECK(hidden.dim() == 2 && hidden.size(0) == tokens_, "hidden must have ", tokens_, " rows");
     const AttentionShape shape{num_heads, num_kv_heads, head_dim, static_cast<float>(scaling), causal, window};
+    layers_->check_shape(shape);
     const Positions positions = checked(past, cos, sin, tokens_, head_dim);
     for (const Tensor& cache : requests_.streams.caches) check_cache(cache, layers_->dtype(), shape);
     return layers_->run(hidden, first, end, requests_, factors_, shape, positions, routed_layers_);
@@ -235,12 +243,13 @@ struct Depths : torch::CustomClassHolder {
   }
 
   void add_requests(const at::TensorAccessor<int64_t, 2>& given) {
+    const int64_t most = std::min(kMaxChoices, layers_->depth());
     for (int64_t r = 0; r < given.size(0); ++r) {
       const auto line = given[r];
       const Request request{tokens_, tokens_ + line[0], line[1], line[2], line[3], line[5], static_cast<Score>(line[4]),
                             line[6], line[7], requests_.ballots()};
       TORCH_CHECK(line[0] > 0 && 0 <= line[1] && 0 <= line[2] && line[2] < requests_.members && 0 <= line[3] &&
-                      line[3] <= line[0] && 0 <= line[4] && line[4] <= 2 && 0 <= line[5] && line[5] <= kMaxChoices &&
+                      line[3] <= line[0] && 0 <= line[4] && line[4] <= 2 && 0 <= line[5] && line[5] <= most &&
                       0 <= line[6] && line[7] > 0 && line[6] + line[7] <= line[0], "request ", r, " cannot be so");
       requests_.all.push_back(request);
       requests_.voters.insert(requests_.voters.end(), request.voters, r);
@@ -292,7 +301,7 @@ struct Decoding : torch::CustomClassHolder {
       : layers_(std::move(layers)),
         count_(count),
         shape_{num_heads, num_kv_heads, head_dim, static_cast<float>(scaling), true, window} {
-    TORCH_CHECK(num_heads % num_kv_heads == 0, "query heads must share key heads evenly");
+    layers_->check_shape(shape_);
   }
 
   // The next depth: layer calls and their numbers of places, of which the first takes all rows, the row of each place,
@@ -352,7 +361,7 @@ struct PackedVocabulary : torch::CustomClassHolder {
     TORCH_CHECK(tokens.is_contiguous() && tokens.scalar_type() == at::kLong && tokens.dim() == 1, "tokens must be [n]");
     const int64_t* token = tokens.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < tokens.size(0); ++i)
-      TORCH_CHECK(0 <= token[i] && token[i] < vocabulary_.linear().outputs(), "no token ", token[i]);
+      TORCH_CHECK(0 <= token[i] && token[i] < vocabulary_.linear().outputs, "no token ", token[i]);
     return vocabulary_.embed(tokens);
   }
 

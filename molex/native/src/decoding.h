@@ -109,23 +109,23 @@ struct PageAttention {
   }
 
  private:
-  template <int64_t kKeys>
+  template <int64_t kTokens>
   static void score_some(const T* keys, const float* queries, int64_t dim, float* scores, int64_t stride) {
-    Vector sums[kHeads][kKeys] = {};
+    Vector sums[kHeads][kTokens] = {};
     int64_t c = 0;
     for (; c + kVector <= dim; c += kVector)
-      for (int64_t i = 0; i < kKeys; ++i) {
+      for (int64_t i = 0; i < kTokens; ++i) {
         const Vector key = widened(keys + i * dim + c);
         for (int64_t h = 0; h < kHeads; ++h) sums[h][i] += key * widened(queries + h * dim + c);
       }
     for (int64_t h = 0; h < kHeads; ++h) {
       float* found = scores + h * stride;
-      if constexpr (kKeys == 4)
+      if constexpr (kTokens == 4)
         sums_of(sums[h], found);
       else
         found[0] = sum_of(sums[h][0]);
       if (c < dim)
-        for (int64_t i = 0; i < kKeys; ++i) found[i] += dot(keys + i * dim + c, queries + h * dim + c, dim - c);
+        for (int64_t i = 0; i < kTokens; ++i) found[i] += dot(keys + i * dim + c, queries + h * dim + c, dim - c);
     }
   }
 

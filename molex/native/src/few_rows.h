@@ -41,7 +41,7 @@ struct HalfDots {
 struct ByteDots {
   using Sum = int32_t;
   using Sums = Integers;
-  MOLEX_DOTS static Sums add(Sums sums, __m512i w, __m512i x) { return dots(sums, x, w); }
+  MOLEX_DOTS static Sums add(Sums sums, __m512i w, __m512i x) { return byte_dots(sums, x, w); }
   static void store(Sums sums, int32_t* c) { _mm512_storeu_si512(c, std::bit_cast<__m512i>(sums)); }
 };
 

@@ -111,7 +111,7 @@ class Layers {
 
   // Rows `rows` of hidden [m, d] → queries, keys and values side by side [n, e].
   Tensor project(const Tensor& hidden, const Tensor& rows, const Pass& pass) const {
-    Tensor result = at::empty({rows.size(0), layers_[0].project.outputs()}, hidden.options());
+    Tensor result = at::empty({rows.size(0), layers_[0].project.outputs}, hidden.options());
     const Matrix<const T> input = matrix_of<T>(hidden);
     const Matrix<T> output = matrix_of<T>(result);
     for_each_block<Scratch<T>>(pass.blocks.size(), [&](int64_t i, const Team& team, Scratch<T>& s) {
@@ -132,8 +132,8 @@ class Layers {
   }
 
   // Depths first..end of a pass from their input [n, d] → the output of the last of them, of all tokens or, at the
-  // last depth of all, of those that are needed. Fills in the choices of requests that vote; returns how many routed
-  // layers ran.
+  // last depth of all, of those that are needed. Fills in the choices of requests that vote, and adds how many routed
+  // layers ran to `routed_layers`.
   Tensor run(const Tensor& hidden, int64_t first, int64_t end, const Requests& requests, const Tensor& factors,
              const AttentionShape& shape, const Positions& positions, int64_t& routed_layers) const;
 
@@ -146,6 +146,9 @@ class Layers {
   int64_t sites() const { return sites_ * depth_; }
   int64_t width() const { return layers_[0].project.inputs; }
   int64_t joined() const { return layers_[0].join.inputs; }
+  bool has_heads(const AttentionShape& shape) const {
+    return shape.columns() == layers_[0].project.outputs && shape.num_heads * shape.head_dim == joined();
+  }
 
  private:
   static void write(const float* x, int64_t n, T* y) {

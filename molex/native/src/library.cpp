@@ -19,16 +19,16 @@ namespace {
 // offsets[i + 1] → [n, num_heads, head_dim].
 Tensor attend_packed(const Tensor& heads, const Tensor& offsets, int64_t num_kv_heads, double scaling, bool causal,
                      int64_t window) {
-  TORCH_CHECK(heads.is_contiguous() && heads.dim() == 3 && heads.size(1) > 2 * num_kv_heads,
+  TORCH_CHECK(heads.is_contiguous() && heads.dim() == 3 && num_kv_heads > 0 && heads.size(1) > 2 * num_kv_heads,
               "heads must be contiguous queries, keys and values");
   const AttentionShape shape{heads.size(1) - 2 * num_kv_heads, num_kv_heads, heads.size(2),
                              static_cast<float>(scaling),       causal,       window};
-  TORCH_CHECK(shape.num_heads % num_kv_heads == 0, "query heads must share key heads evenly");
+  TORCH_CHECK(shape.shares_evenly(), "query heads must share key heads evenly");
   TORCH_CHECK(offsets.is_contiguous() && offsets.scalar_type() == at::kLong && offsets.dim() == 1 &&
                   offsets.size(0) > 0, "offsets must be [r + 1]");
   const int64_t* offset = offsets.const_data_ptr<int64_t>();
   const int64_t requests = offsets.size(0) - 1;
-  TORCH_CHECK(offset[0] == 0 && offset[requests] == heads.size(0) && std::is_sorted(offset, offset + requests),
+  TORCH_CHECK(offset[0] == 0 && offset[requests] == heads.size(0) && std::is_sorted(offset, offset + requests + 1),
               "offsets must run from 0 to the number of tokens");
   Tensor result = at::empty({heads.size(0), shape.num_heads, shape.head_dim}, heads.options());
   with_values(heads, [&](const auto* values) {
@@ -42,7 +42,7 @@ Tensor attend_packed(const Tensor& heads, const Tensor& offsets, int64_t num_kv_
 // gates W [T, d], b [T], and so on.
 Tensor gate_logits(const Tensor& hidden, const Tensor& tokens, const std::vector<int64_t>& counts,
                    const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
-  TORCH_CHECK(hidden.is_contiguous() && tokens.is_contiguous(), "inputs must be contiguous");
+  TORCH_CHECK(hidden.is_contiguous() && hidden.dim() == 2 && tokens.is_contiguous(), "inputs must be contiguous");
   TORCH_CHECK(!counts.empty() && counts.size() == weights.size() && counts.size() == biases.size(),
               "there must be a count of tokens, weights and a bias for each gate");
   const int64_t width = hidden.size(1), outputs = weights[0].size(0);
@@ -54,9 +54,12 @@ Tensor gate_logits(const Tensor& hidden, const Tensor& tokens, const std::vector
                      (gates.empty() ? 0 : gates.back().end) + counts[i]});
   }
   TORCH_CHECK(gates.back().end == tokens.size(0), "the gates do not share out all tokens");
+  const int64_t* token = tokens.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < tokens.size(0); ++i)
+    TORCH_CHECK(0 <= token[i] && token[i] < hidden.size(0), "no row ", token[i], " in hidden");
   Tensor result = at::empty({tokens.size(0), outputs}, hidden.options().dtype(at::kFloat));
   with_values(hidden, [&](const auto* x) {
-    gate_rows(x, width, tokens.const_data_ptr<int64_t>(), gates, outputs, result.mutable_data_ptr<float>());
+    gate_rows(x, width, token, gates, outputs, result.mutable_data_ptr<float>());
   });
   return result;
 }

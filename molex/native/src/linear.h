@@ -36,7 +36,6 @@ using Other = std::conditional_t<std::is_same_v<T, float>, at::BFloat16, float>;
 
 // One or several linear layers with the same input: y = x Wᵀ + b.
 struct Linear {
-  Linear() = default;
   // `weights` [tiles, padded inputs, kTile] in the order that the kernels read, in bfloat16 two and in 8 bits
   // four inputs next to each other, in 4 bits [tiles, padded inputs / 2, kTile] as in nibbles.h; `bias`
   // [tiles · kTile]; `scales` [tiles · kTile] in float32 for 8 bits, [tiles, groups, kTile] in bfloat16 for 4, else
@@ -45,12 +44,6 @@ struct Linear {
 
   int64_t tiles() const { return weights.size(0); }
   int64_t stride() const { return weights.size(1) * (kind_ == Weights::kInt4 ? 2 : 1); }
-  int64_t outputs() const {
-    int64_t end = 0;
-    for (const auto& tile : pieces)
-      for (const Piece& piece : tile) end = std::max(end, piece.output + piece.width);
-    return end;
-  }
 
   Weights kind() const { return kind_; }
 
@@ -84,7 +77,7 @@ struct Linear {
   const float* bias_values = nullptr;
   std::vector<Pieces> pieces;  // of each tile
   std::vector<int64_t> sites;
-  int64_t inputs = 0;
+  int64_t inputs, outputs = 0;
 
  private:
   Weights kind_ = Weights::kFloat;
@@ -115,8 +108,10 @@ inline Linear::Linear(
   pieces.resize(tiles());
   auto given = pieces_.accessor<int64_t, 2>();
   for (int64_t i = 0; i < given.size(0); ++i) {
-    pieces[given[i][0]].push_back({given[i][1], given[i][2], given[i][3], given[i][4], given[i][5]});
-    if (std::find(sites.begin(), sites.end(), given[i][1]) == sites.end()) sites.push_back(given[i][1]);
+    const Piece piece{given[i][1], given[i][2], given[i][3], given[i][4], given[i][5]};
+    pieces[given[i][0]].push_back(piece);
+    outputs = std::max(outputs, piece.output + piece.width);
+    if (std::find(sites.begin(), sites.end(), piece.site) == sites.end()) sites.push_back(piece.site);
   }
 }
 

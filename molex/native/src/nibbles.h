@@ -65,8 +65,8 @@ __attribute__((target("avx512vnni"))) void nibble_rows(const uint8_t* x, int64_t
         const __m512i high = _mm512_and_si512(both, high_half);
         for (int64_t r = 0; r < kRows; ++r) {
           const auto* four = reinterpret_cast<const int32_t*>(x + r * stride + k);
-          sums[r][v] = dots(sums[r][v], _mm512_set1_epi32(four[0]), low);
-          sums[r][v] = dots(sums[r][v], _mm512_set1_epi32(four[1]), high);
+          sums[r][v] = byte_dots(sums[r][v], _mm512_set1_epi32(four[0]), low);
+          sums[r][v] = byte_dots(sums[r][v], _mm512_set1_epi32(four[1]), high);
         }
       }
     }

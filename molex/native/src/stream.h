@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "tile.h"
 #include "vectors.h"
 
 namespace molex {

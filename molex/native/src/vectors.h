@@ -21,7 +21,7 @@ inline Vector widened(const at::BFloat16* x) {
 }
 
 // sums + the dot products of four bytes, of which those of x have no sign.
-__attribute__((target("avx512vnni"))) inline Integers dots(Integers sums, __m512i x, __m512i w) {
+__attribute__((target("avx512vnni"))) inline Integers byte_dots(Integers sums, __m512i x, __m512i w) {
   return std::bit_cast<Integers>(_mm512_dpbusd_epi32(std::bit_cast<__m512i>(sums), x, w));
 }
 

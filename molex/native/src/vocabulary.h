@@ -20,7 +20,7 @@ class Vocabulary {
 
   // Hidden states [n, d] → logits [n, V].
   Tensor logits(const Tensor& hidden) const {
-    Tensor result = at::empty({hidden.size(0), linear_.outputs()}, hidden.options());
+    Tensor result = at::empty({hidden.size(0), linear_.outputs}, hidden.options());
     with_values(hidden, [&](const auto* x) { multiply_all(x, hidden.size(0), result); });
     return result;
   }

@@ -41,7 +41,7 @@ def check(lengths, kv_heads, repeats, size, causal, window, dtype, factor=1.0):
     lengths=st.lists(st.integers(1, 140), min_size=1, max_size=5),
     kv_heads=st.integers(1, 3),
     repeats=st.integers(1, 3),
-    size=st.sampled_from([4, 32, 64]),
+    size=st.sampled_from([1, 4, 6, 30, 64]),
     window=st.one_of(st.none(), st.integers(1, 150)),
 )
 def test_it_is_pytorchs(dtype, causal, lengths, kv_heads, repeats, size, window):
@@ -66,7 +66,13 @@ def test_a_token_that_is_not_finite_spoils_its_own_request_alone():
     assert output[5:].isfinite().all()
 
 
-@pytest.mark.parametrize("offsets", [[0, 5], [1, 10], [0, 11], [0, 7, 5, 10]])
+@pytest.mark.parametrize("offsets", [[0, 5], [1, 10], [0, 11], [0, 7, 5, 10], [0, 12, 10]])
 def test_offsets_that_do_not_cover_the_tokens_are_refused(offsets):
     with pytest.raises(RuntimeError, match="offsets must run"):
         torch.ops.molex.attend(torch.zeros(10, 3, 8), torch.tensor(offsets), 1, 1.0, False, 0)
+
+
+@pytest.mark.parametrize("kv_heads", [-1, 0, 2])
+def test_heads_that_cannot_be_shared_are_refused(kv_heads):
+    with pytest.raises(RuntimeError, match="heads"):
+        torch.ops.molex.attend(torch.zeros(10, 7, 8), torch.tensor([0, 10]), kv_heads, 1.0, False, 0)

@@ -59,7 +59,12 @@ def test_a_compiler_that_fails_is_quoted(fresh_cache, monkeypatch, tmp_path):
     broken.mkdir()
     (broken / "library.cpp").write_text("#error this is no kernel")
     monkeypatch.setattr(build, "SOURCES", broken)
-    assert "c++ failed" in build.load()
+    assert "#error this is no kernel" in build.load()
+
+
+def test_a_compiler_that_fails_in_silence_is_told_of(fresh_cache, monkeypatch):
+    monkeypatch.setattr(build, "COMPILER", "false")
+    assert build.load() == "could not be built: false failed: it ended with 1"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molex import BARE, MolexModel, Row, read_adapter, write_adapter
+from molex.adapter import new_adapter
 from molex.errors import BaseModelError
+from molex.gate import LinearGate
 from molex.lora import AdaptedLinear, BatchLora
 from molex.native import build
 from molex.native.layers import FactorTable, NativeLayers
@@ -19,7 +22,17 @@ from molex.prepack import weight_and_bias
 from molex.routing import flat_route
 from molex.stage import Stage
 from tests.molex.native.kernels import CPU, needs_kernels, threads
-from tests.tiny import DECODERS, ENCODERS, LAYERS, POSITIONS, molex_config, random_adapter, random_ids
+from tests.tiny import (
+    DECODERS,
+    ENCODERS,
+    LAYERS,
+    POSITIONS,
+    adapter_config,
+    molex_config,
+    random_adapter,
+    random_ids,
+    tiny_base,
+)
 
 pytestmark = needs_kernels
 
@@ -87,6 +100,25 @@ def test_any_batch_gives_the_same_routes_and_logits(base_folder, lengths, data):
     expected, given = ([flat_route(route) for route in m.run(rows).routes] for m in (stock, native))
     assert given == expected
     assert_alike(stock, native, rows, TOLERANCE[torch.float32])
+
+
+ODD_SIZES = {
+    "bert": {"hidden_size": 30, "num_attention_heads": 5, "intermediate_size": 51},
+    "llama": {"hidden_size": 42, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 71},
+}
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("family", ODD_SIZES)
+@torch.inference_mode()
+def test_sizes_need_be_no_multiples_of_anything(family, dtype, bits, tmp_path):
+    stock, native = pair(tiny_base(family, tmp_path, **ODD_SIZES[family]), dtype, bits=bits)
+    if bits is not None:
+        round_weights(stock.backbone.stock_blocks, bits)
+    rows = mixed_rows(stock, [5, 1, 23, 2, 64, 65, 3])
+    pin_routes(stock, rows)
+    assert_alike(stock, native, rows, TOLERANCE[dtype] if bits is None else TOLERANCE_BITS)
 
 
 def round_weights(blocks, bits):
@@ -206,6 +238,53 @@ def test_few_bits_need_the_kernels(base_folder, monkeypatch):
     monkeypatch.setattr(build, "why_not", lambda dtype, device: "need a CPU with AVX2")
     with pytest.raises(BaseModelError, match="8-bit weights need the kernels, which need a CPU with AVX2"):
         model.prepack(bits=8, backend="kernels")
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        ((4, 0, 8), "evenly"),
+        ((4, 3, 8), "evenly"),
+        ((4, 4, 16), "no 4 and 4 heads of 16"),
+        ((2, 2, 8), "no 2"),
+    ],
+)
+def test_heads_that_the_layers_have_not_are_refused(base_folder, heads, message):
+    _, native = pair(base_folder("roberta"))
+    with pytest.raises(RuntimeError, match=message):
+        torch.classes.molex.Decoding(native.backbone.layers.packed, 1, *heads, 1.0, 0)
+
+
+@torch.no_grad()
+def test_an_adapter_in_training_is_read_as_it_is_by_now(base_folder):
+    stock, native = pair(base_folder("bert"))
+    config = adapter_config(native.spec, molex=molex_config())
+    adapter = new_adapter(native.spec, config, num_labels=3, seed=1)
+    row = Row(random_ids(9, seed=1), adapter)
+    for _ in range(3):
+        for tensor in adapter.parameters().values():
+            tensor += 0.1 * torch.randn_like(tensor)
+        assert_alike(stock, native, [row], TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+@torch.inference_mode()
+def test_gates_that_lie_otherwise_run_on_pytorch(base_folder, part):
+    stock, native = pair(base_folder("bert"))
+    adapter = random_adapter(native.spec, seed=1, molex=molex_config())
+    tensors = {"weight": adapter.gates[0].weight, "bias": torch.tensor([0.0] * (LAYERS - 1) + [100.0])}
+    tensors[part] = tensors[part].repeat_interleave(2, dim=-1)[..., ::2]
+    adapter = replace(adapter, gates=dict.fromkeys(adapter.gates, LinearGate(**tensors)))
+    row = Row(random_ids(9, seed=1), adapter)
+    assert flat_route(native.run([row]).routes[0]) == flat_route(stock.run([row]).routes[0])
+
+
+@pytest.mark.parametrize("token", [-1, 3])
+def test_a_gate_of_a_row_that_is_not_there_is_refused(token):
+    with pytest.raises(RuntimeError, match=f"no row {token}"):
+        torch.ops.molex.gate_logits(
+            torch.zeros(3, 8), torch.tensor([token]), [1], [torch.zeros(5, 8)], [torch.zeros(5)]
+        )
 
 
 def test_factors_of_a_folder_are_read_where_they_lie(base_folder, tmp_path):
