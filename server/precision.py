@@ -11,6 +11,7 @@ import torch
 
 from molex.errors import BaseModelError
 from molex.exported import is_exported, read_about
+from molex.native import build
 from molex.native.weights import Bits
 from server.settings import Settings
 
@@ -83,12 +84,22 @@ def _fastest(settings: Settings, flags: Mapping[str, Any]) -> tuple[Literal["bf1
     if settings.device != "cpu":
         return "bf16", "a GPU runs the layers of a depth together in it"
     found = [flag for flag in BFLOAT16_FLAGS if flags.get(flag)]
-    return ("bf16", f"this CPU has {found[0]}") if found else ("fp32", "this CPU has no bfloat16 products")
+    if not found:
+        return "fp32", "this CPU has no bfloat16 products"
+    if settings.routed_precision in BITS and (why_not := _why_not_on_kernels()) is not None:
+        return "fp32", f"the kernels {why_not}, and ONNX Runtime computes in it alone"
+    return "bf16", f"this CPU has {found[0]}"
 
 
 def _beside_few_bits(settings: Settings, flags: Mapping[str, Any]) -> Literal["bf16", "fp32"]:
     """What weights in few bits run beside: ONNX Runtime has float32 alone, kernels gain by bf16 on some."""
-    return "bf16" if settings.backend != "onnx" and flags.get(KERNELS_FLAG) else "fp32"
+    gains = settings.backend != "onnx" and flags.get(KERNELS_FLAG) and _why_not_on_kernels() is None
+    return "bf16" if gains else "fp32"
+
+
+def _why_not_on_kernels() -> str | None:
+    """Why this machine cannot run them in bfloat16; None where it can. They may be compiled for it."""
+    return build.why_not(torch.bfloat16, torch.device("cpu"))
 
 
 def _spelled(dtype: torch.dtype, bits: Bits | None) -> str:

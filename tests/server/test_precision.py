@@ -10,10 +10,19 @@ import torch
 
 from molex.errors import BaseModelError
 from molex.export import export
+from molex.native import build
 from server.precision import choose_precision, precision_of
 from server.settings import Settings
 
 FLOAT32, BFLOAT16, FLOAT64 = torch.float32, torch.bfloat16, torch.float64
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """Why they cannot run here: nothing, whatever this machine is."""
+    reasons = [None]
+    monkeypatch.setattr(build, "why_not", lambda dtype, device: reasons[-1])
+    return reasons
 
 
 def chosen(flags=None, **settings):
@@ -58,6 +67,26 @@ def test_a_gpu_runs_in_bfloat16_whatever_the_cpu_has():
     assert precision.own == precision.routed == BFLOAT16
     assert str(precision) == "bfloat16 (chosen: a GPU runs the layers of a depth together in it)"
     assert chosen({"amx_bf16": True}, device="cuda").own == FLOAT32
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"precision": "int8"}, "as set"),
+        ({"precision": "int4"}, "as set"),
+        (
+            {"precision": "auto", "routed_precision": "int8"},
+            "chosen: the kernels could not be built, and ONNX Runtime computes in it alone",
+        ),
+    ],
+    ids=str,
+)
+def test_few_bits_run_beside_float32_where_the_kernels_cannot_run(settings, reason, kernels):
+    flags = {"avx2": True, "avx512_bf16": True}
+    assert chosen(flags, **settings).own == BFLOAT16
+    kernels.append("could not be built")
+    precision = chosen(flags, **settings)
+    assert (precision.own, precision.routed, precision.reason) == (FLOAT32, FLOAT32, reason)
 
 
 def test_mixed_contradicts_another_precision_of_routed_layers():
