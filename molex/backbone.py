@@ -93,7 +93,7 @@ class Backbone:
         self.num_layers = len(blocks)
         self.layers: Layers = stock
         self.runs_on = "PyTorch"
-        """What runs the layers, in words, and where it is PyTorch, why."""
+        """What runs the layers, in words, and why."""
 
     @classmethod
     def from_pretrained(

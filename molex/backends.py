@@ -17,6 +17,7 @@ from molex.exported import Exported, read_layers, read_vocabulary
 from molex.family import Family
 from molex.grouped.layers import GroupedLayers, can_group
 from molex.layers import Layers, StockLayers, run_once
+from molex.native import build
 from molex.native.layers import ACTIVATIONS, NativeLayers, release, why_not_natively
 from molex.native.weights import Bits
 
@@ -51,7 +52,7 @@ class Wanted:
 
 
 def lay_out(wanted: Wanted, backend: Backend) -> tuple[Layers, str]:
-    """The layers, laid out for inference, and in words what runs them, and why it is not the kernels.
+    """The layers, laid out for inference, and in words what runs them, and why.
 
     They take over the weights of the stock layers. Raises BaseModelError where the backend cannot run them.
     """
@@ -61,7 +62,7 @@ def lay_out(wanted: Wanted, backend: Backend) -> tuple[Layers, str]:
     if backend != "torch":
         why_not = why_not_natively(wanted.stock, wanted.family, wanted.config)
     if why_not is None:
-        return _on_kernels(wanted), "the kernels"
+        return _on_kernels(wanted), f"the kernels, as this CPU has {build.instructions()}"
     if wanted.fewest is not None:
         return _in_few_bits(wanted, backend, why_not)
     if backend == "kernels":

@@ -129,7 +129,7 @@ class MolexModel:
 
     @property
     def runs_on(self) -> str:
-        """What runs the layers, in words, and where it is PyTorch, why."""
+        """What runs the layers, in words, and why."""
         return self.backbone.runs_on
 
     @property

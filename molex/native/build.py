@@ -45,7 +45,7 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why layers of a precision cannot run on the kernels; None where they can."""
     if device.type != "cpu" or platform.machine() != "x86_64":
         return "run on x86-64 CPUs alone"
-    if torch.backends.cpu.get_cpu_capability() not in INSTRUCTIONS:
+    if instructions() not in INSTRUCTIONS:
         return "need a CPU with AVX2"
     if dtype not in (torch.float32, torch.bfloat16):
         return "compute in float32 and bfloat16 alone"
@@ -97,8 +97,13 @@ def _first_error(done: subprocess.CompletedProcess[str]) -> str:
     return next((line for line in lines if "error" in line), f"it ended with {done.returncode}")
 
 
+def instructions() -> str:
+    """What the CPU has, as PyTorch calls it."""
+    return torch.backends.cpu.get_cpu_capability()
+
+
 def _flags() -> Sequence[str]:
-    return FLAGS + INSTRUCTIONS[torch.backends.cpu.get_cpu_capability()]
+    return FLAGS + INSTRUCTIONS[instructions()]
 
 
 def _digest() -> str:
