@@ -75,7 +75,7 @@ test: models ## Run the tests, two files at a time
 test-faults: models ## Run the long tests: hostile input, churn, disconnects, reloads under traffic
 	$(TEST_ENV) $(BIN)/python -m pytest -m faults $(ARGS)
 
-bench: models ## Measure what needs no peer, in some 15 minutes; writes runs/bench/figures.md
+bench: models ## Measure most that needs no peer, in 15 to 30 minutes; writes runs/bench/figures.md
 	$(BIN)/python -m benchmarks.bench_lora_classification --rounds 3 --requests 64 --adapters 32 --output $(SHORT)
 	$(BIN)/python -m benchmarks.bench_molex --rounds 3 --requests 128 --adapters 32 --output $(SHORT)
 	$(BIN)/python -m benchmarks.bench_published --rounds 3 --requests 32 --output $(SHORT)
@@ -94,7 +94,7 @@ bench-full: models peers ## Measure everything, peers included; writes runs/benc
 		$(BIN)/python -m benchmarks.$$script --output runs/bench-full || exit 1; done
 	@$(BIN)/python -m benchmarks.table runs/bench-full
 
-loadtest: models ## Put load on MoLEx, LoRA and the base in three precisions, in minutes; reports in runs/load
+loadtest: models ## Put load on MoLEx, LoRA and the base in float32 and bfloat16, in minutes; reports in runs/load
 	@$(BIN)/python -m benchmarks.bench_http_ratio --rounds 2 --seconds 3 --output runs/load
 
 clean: ## Remove caches and build output; keep .venv and .models
