@@ -15,6 +15,7 @@
 #include "pass.h"
 #include "rows.h"
 #include "stream.h"
+#include "tile.h"
 #include "vectors.h"
 
 namespace molex {
@@ -187,16 +188,9 @@ void attend_cached(const AttentionShape& shape, const Position& position, const 
   for (int64_t h = 0; h < shared; ++h)
     placed(heads + (first_head + h) * dim, position, dim, shape.scaling, queries.data() + h * dim);
   const int64_t end = position.past + 1, begin = shape.window ? std::max(end - shape.window, int64_t{0}) : 0;
-  for (int64_t h = 0; h < shared;) {
-    const float* some = queries.data() + h * dim;
-    T* found = result + (first_head + h) * dim;
-    switch (shared - h) {
-      case 1: attend_heads<T, 1>(stream, kv_head, begin, end, some, found), h += 1; break;
-      case 2: attend_heads<T, 2>(stream, kv_head, begin, end, some, found), h += 2; break;
-      case 3: attend_heads<T, 3>(stream, kv_head, begin, end, some, found), h += 3; break;
-      default: attend_heads<T, 4>(stream, kv_head, begin, end, some, found), h += 4;
-    }
-  }
+  in_fours(shared, [&]<int64_t kHeads>(int64_t h) {
+    attend_heads<T, kHeads>(stream, kv_head, begin, end, queries.data() + h * dim, result + (first_head + h) * dim);
+  });
 }
 
 }  // namespace molex

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "team.h"
+#include "tile.h"
 #include "vectors.h"
 
 namespace molex {
@@ -94,19 +95,6 @@ void dots(const T* x, int64_t stride, const float* a, int64_t rows, int64_t n, f
 template <class T>
 void dots(const T* x, const float* a, int64_t rows, int64_t n, float scale, float* y) {
   dots<1>(x, n, a, rows, n, scale, y, rows);
-}
-
-// Call use.operator()<n>(first) for up to four neighbouring ones of 0..count at a time.
-template <class Use>
-void in_fours(int64_t count, const Use& use) {
-  int64_t first = 0;
-  for (; first + 4 <= count; first += 4) use.template operator()<4>(first);
-  switch (count - first) {
-    case 1: use.template operator()<1>(first); break;
-    case 2: use.template operator()<2>(first); break;
-    case 3: use.template operator()<3>(first); break;
-    default: break;
-  }
 }
 
 // Fill `narrow`, shared by the team; returns whether any row has an update. A barrier must follow.

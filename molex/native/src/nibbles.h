@@ -89,16 +89,9 @@ __attribute__((target("avx512vnni"))) void nibble_rows(const uint8_t* x, int64_t
 
 inline void nibble_product(const uint8_t* x, int64_t stride, const Rounding* roundings, int64_t rows,
                            const NibbleTile& tile, float* c) {
-  for (int64_t r = 0; r < rows;) {
-    const uint8_t* some = x + r * stride;
-    float* y = c + r * kTile;
-    switch (rows - r) {
-      case 1: nibble_rows<1>(some, stride, roundings + r, tile, y), r += 1; break;
-      case 2: nibble_rows<2>(some, stride, roundings + r, tile, y), r += 2; break;
-      case 3: nibble_rows<3>(some, stride, roundings + r, tile, y), r += 3; break;
-      default: nibble_rows<4>(some, stride, roundings + r, tile, y), r += 4;
-    }
-  }
+  in_fours(rows, [&]<int64_t kRows>(int64_t r) {
+    nibble_rows<kRows>(x + r * stride, stride, roundings + r, tile, c + r * kTile);
+  });
 }
 
 #endif

@@ -88,17 +88,6 @@ void multiply_in_registers(const float* x, int64_t stride, const void* weights, 
   }
 }
 
-template <int64_t kBits>
-void multiply_in_registers(const float* x, int64_t stride, int64_t rows, const void* weights, int64_t inputs,
-                           float* c) {
-  switch (rows) {
-    case 1: return multiply_in_registers<kBits, 1>(x, stride, weights, inputs, c);
-    case 2: return multiply_in_registers<kBits, 2>(x, stride, weights, inputs, c);
-    case 3: return multiply_in_registers<kBits, 3>(x, stride, weights, inputs, c);
-    default: return multiply_in_registers<kBits, 4>(x, stride, weights, inputs, c);
-  }
-}
-
 // c [rows, kTile] = x · W for rows x of `inputs` values, `stride` apart, and a tile of weights in kBits. `scales` are
 // those of weights in 4 bits, [groups, kTile]; else there are none.
 template <int64_t kBits>
@@ -112,7 +101,9 @@ void product_of_widened(const float* x, int64_t stride, int64_t rows, int64_t in
     if (scales) std::copy_n(scales + first / kGroup * kTile, kTile, factors);
     if (rows <= kRowsInRegisters) {
       float sums[kRowsInRegisters * kTile];
-      multiply_in_registers<kBits>(x + first, stride, rows, w, count, sums);
+      in_fours(rows, [&]<int64_t kRows>(int64_t r) {
+        multiply_in_registers<kBits, kRows>(x + r * stride + first, stride, w, count, sums + r * kTile);
+      });
       if (scales) scale_columns(factors, rows, sums);
       for (int64_t i = 0; i < rows * kTile; ++i) c[i] = first > 0 ? c[i] + sums[i] : sums[i];
     } else {
