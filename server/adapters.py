@@ -32,9 +32,9 @@ class AdapterStore:
     """What is served under which name, and which of it is in memory; from any thread.
 
     `NAME` is the current version of an adapter, `NAME@REFERENCE` the one of a number or an alias. Everything
-    is read and validated before the table is touched, and the swap is one assignment: requests see the old
-    version or the new one. Those admitted earlier keep the weights they hold. What was evicted is read again
-    from its folder, and served only if the digest is still the same.
+    is read and validated before the table is touched, and each name is swapped in one assignment: requests
+    see the old version or the new one. Those admitted earlier keep the weights they hold. What was evicted is
+    read again from its folder, and served only if the digest is still the same.
     """
 
     def __init__(self, models: Mapping[str, MolexModel], settings: Settings, metrics: Metrics) -> None:
@@ -160,8 +160,13 @@ class AdapterStore:
             self._pinned.pop(current.name, None)
             if current.pinned:
                 self._pinned[current.name] = current
+            same_files = {(s.version, s.base, s.digest): s for s in references.values()}
             for served in set(before.values()).difference(references.values()):
-                self._residents.discard(served)
+                if successor := same_files.get((served.version, served.base, served.digest)):
+                    self._residents.hand_over(served, successor)
+                    self.remember(successor, self._imprints.get(served))
+                else:
+                    self._residents.discard(served)
 
     def keep(self, served: ServedAdapter, adapter: Adapter, *, evict: bool = True) -> bool:
         """Keep weights that have been read in memory, if there is room; whether there was."""
@@ -245,7 +250,7 @@ class AdapterStore:
         finally:
             with self._lock:
                 if adapter is not None and self._is_served(served):
-                    self._residents.add(served, adapter)
+                    adapter = self._residents.add(served, adapter)
                 else:
                     # Not read, or replaced or removed in the meantime: then those who ask are its last.
                     self._residents.discard(served)

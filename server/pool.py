@@ -33,3 +33,7 @@ class Pool:
     def close(self) -> None:
         """Wait for what runs and drop what waits."""
         self._executor.shutdown(cancel_futures=True)
+
+    def abandon(self) -> None:
+        """Drop what waits, and leave what runs to its own end."""
+        self._executor.shutdown(wait=False, cancel_futures=True)

@@ -46,6 +46,11 @@ class Popularity(Generic[K]):
         """The higher, the more popular; of what was never asked for, minus infinity."""
         return self._logarithms.get(key, -inf)
 
+    def hand_over(self, key: K, successor: K) -> None:
+        """Let a key be known by another."""
+        if key in self._logarithms:
+            self._logarithms[successor] = self._logarithms.pop(key)
+
     def asked(self, key: K, half_life: float) -> None:
         """Count a request, of which `half_life` make one half-life."""
         self._now += 1 / half_life
@@ -96,7 +101,7 @@ class Residents(Generic[K]):
         """
         in_use = set(self.in_use())
         leaving = in_use.difference(self._weights.values())
-        sizes = [item.nbytes for item in (*self._weights, *self._reserved, key)]
+        sizes = [item.nbytes for item in {*self._weights, *self._reserved, key}]
         sizes += [adapter.nbytes for adapter in leaving]
         excess, excess_bytes = len(sizes) - self.max_count, sum(sizes) - self.max_bytes
         evicted: list[K] = []
@@ -119,10 +124,20 @@ class Residents(Generic[K]):
         keys = [key for key, adapter in self._weights.items() if not key.pinned and adapter not in in_use]
         return sorted(keys, key=self._popularity.__getitem__)
 
-    def add(self, key: K, adapter: Adapter) -> None:
-        """Put weights into the room that was reserved for them."""
-        self._reserved.remove(key)
-        self._weights[key] = adapter
+    def add(self, key: K, adapter: Adapter) -> Adapter:
+        """Put weights into the room that was reserved for them; returns those that are there.
+
+        They may have come by another way meanwhile, and requests use them already.
+        """
+        self._reserved.discard(key)
+        return self._weights.setdefault(key, adapter)
+
+    def hand_over(self, key: K, successor: K) -> None:
+        """Let weights and their popularity go on under another key."""
+        self._popularity.hand_over(key, successor)
+        if key in self._weights:
+            self._weights[successor] = self._weights[key]
+        self.discard(key)
 
     def discard(self, key: K) -> None:
         """Forget the weights of a key, and any room that is reserved for them."""

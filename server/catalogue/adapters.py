@@ -101,12 +101,15 @@ class AdapterCatalogue:
         """Make a version that has passed all tests the current one.
 
         Where another version has the same files on the same base, that one becomes current, and this one is
-        forgotten. Raises ServiceError where the tenant has no room for it.
+        forgotten. Nothing changes where another server has made it ready before. Raises ServiceError where
+        the tenant has no room for it.
         """
         record = _known(connection, name)
         version = next((v for v in record.versions if v.number == number), None)
         if version is None:
             raise adapter_not_found(name)
+        if version.ready:
+            return record
         others = (other for other in record.versions if other.ready and other.number != number)
         twin = next((other for other in others if other.facts == facts), None)
         if twin is None:

@@ -71,6 +71,8 @@ class Loads:
         self._engine = engine
         self._loads: dict[str, Load] = {}
         self._slots = asyncio.Semaphore(engine.settings.pool_threads)
+        self._remote_slots = asyncio.Semaphore(engine.settings.pool_threads)
+        """For loads that wait for sources elsewhere: they hold up no others."""
 
     def resume(self) -> None:
         """Begin the loads again that had not ended when the process before this one did."""
@@ -178,7 +180,7 @@ class Loads:
     async def _run(self, request: Request, version: Version) -> None:
         """Load a version. A failure leaves what is served, and the catalogue says why."""
         try:
-            async with self._slots:
+            async with self._remote_slots if _is_fetched(request) else self._slots:
                 self._registry.loading[request.name] = version.number
                 await self._load(request, version)
         except ServiceError as error:
@@ -196,7 +198,7 @@ class Loads:
         registry, store = self._registry, self._engine.adapters
         files, source, (base, adapter, imprint) = await self._read(request)
         store.check_room(request.name, adapter.nbytes, pinned=request.pinned)
-        await warm_up(self._engine, base, adapter, tenant_of(request.name))
+        await warm_up(self._engine, base, adapter, tenant_of(request.name) or None)
         with registry.hold(files.digest):
             await self._engine.idle(GAP_SECONDS)
             await self._engine.loader.run(registry.storage.put, files)
@@ -207,7 +209,7 @@ class Loads:
                     store.check_count()
                 record = await registry.catalogue.finish(request.name, version.number, source, facts)
                 served = registry.publish(record, loaded=True)
-        if served is not None:
+        if served is not None and served.digest == adapter.digest:
             store.remember(served, imprint)
             store.keep(served, adapter)
             store.count_load(served)
@@ -215,7 +217,7 @@ class Loads:
     async def _read(self, request: Request) -> tuple[AdapterFiles, str, Fitted]:
         """The files of a version, its source from now on, and the adapter in them. Raises ServiceError."""
         loader, sources = self._engine.loader, self._engine.adapters.sources
-        if request.digest is None and is_remote(request.source):
+        if _is_fetched(request):
             files, source = await self._registry.fetch(request.source)
             return files, source, await loader.run(sources.fit, files, request.base)
         await self._engine.idle(GAP_SECONDS)
@@ -250,6 +252,10 @@ class Loads:
     def _note(self, name: str, version: Version) -> None:
         if record := self._registry.records.get(name):
             self._registry.records[name] = record.having(version)
+
+
+def _is_fetched(request: Request) -> bool:
+    return request.digest is None and is_remote(request.source)
 
 
 def _facts(base: str, adapter: Adapter, files: AdapterFiles) -> Facts:

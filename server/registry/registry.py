@@ -29,6 +29,8 @@ from server.served import ServedAdapter, tenant_of
 
 UPLOAD = "upload"
 """The source of what came in the body of a request."""
+FETCH_SECONDS = 300
+"""How long a source may take for the files of an adapter."""
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ class Registry:
         self._shared = catalogue
         self._own: Catalogue | None = None
         self._held: Counter[str] = Counter()
-        # Slow sources hold up no reads from the disk.
+        # Slow sources hold up no reads from the disk, and no end of the server.
         self._fetchers = Pool(settings.pool_threads, "fetcher")
         engine.loader.restore = self.restore
 
@@ -73,7 +75,7 @@ class Registry:
         await self._warm_memory()
 
     async def close(self) -> None:
-        self._fetchers.close()
+        self._fetchers.abandon()
         if self._own is not None:
             await self._own.close()
         self.storage.close()
@@ -127,6 +129,8 @@ class Registry:
         full_name = self.own(caller, name)
         number = self._previous(full_name) if reference is None else self._number(full_name, reference)
         served = self.engine.adapters.get(f"{full_name}@{number}")
+        if self._is_pinned(full_name, number):
+            self.engine.adapters.check_room(full_name, served.nbytes, pinned=True)
         await asyncio.shield(self.engine.loader.begin(served))
         await self.change(self.catalogue.rollback(full_name, number, actor=caller.actor), loaded=True)
         return full_name
@@ -216,11 +220,16 @@ class Registry:
         """Remove files that no version names any more, once loads that began have ended."""
         await self.engine.loader.settled(leaving)
         for digest in self.storage.digests() - self._needed():
-            await self.engine.loader.run(self.storage.remove, digest)
+            await self.engine.loader.run(self.storage.remove_unless, self._needed, digest)
 
     async def fetch(self, uri: str) -> tuple[AdapterFiles, str]:
-        """As `Remote.fetch`, on a thread."""
-        return await self._fetchers.run(self.remote.fetch, uri)
+        """As `Remote.fetch`, on a thread, and for a limited time."""
+        try:
+            async with asyncio.timeout(FETCH_SECONDS):
+                return await self._fetchers.run(self.remote.fetch, uri)
+        except TimeoutError as error:
+            message = f"{uri} could not be fetched within {FETCH_SECONDS} seconds"
+            raise ServiceError(ErrorKind.SOURCE_DOWN, message, param="source", retry_after=5) from error
 
     async def restore(self, served: ServedAdapter) -> None:
         """Fetch the files of a version again, if they have left the disk and came from elsewhere."""
@@ -235,6 +244,12 @@ class Registry:
                 )
                 raise ServiceError(ErrorKind.ADAPTER_UNAVAILABLE, message, param="model")
             await self.engine.loader.run(self.storage.put, files)
+
+    def _is_pinned(self, full_name: str, number: int) -> bool:
+        """Whether a version is to stay in memory while it is the current one."""
+        record = self.records.get(full_name)
+        version = None if record is None else record.find(number)
+        return version is not None and version.pinned
 
     def _previous(self, full_name: str) -> int:
         record = self.records.get(full_name)
@@ -281,8 +296,8 @@ class Registry:
         )
 
     def _needed(self) -> set[str]:
-        """Digests of the files that are needed, or about to be."""
-        return needed(self.records.values()) | set(self._held)
+        """Digests of the files that are needed, or about to be. Called from any thread."""
+        return needed(self.records.copy().values()) | set(self._held)
 
     def _evictable(self) -> set[str]:
         """Called from any thread."""

@@ -18,6 +18,8 @@ from server.errors import ErrorKind, ServiceError
 PACKAGES = {"hf": "huggingface_hub", "s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}
 """The schemes that there are, and what each needs."""
 TENANT = "{tenant}"
+ANSWER_SECONDS = 10
+"""How long a hub may be silent when it is asked for metadata; its client has the same limit for files."""
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _HUB = re.compile(rf"hf://({_PART}/{_PART})(?:@({_PART}(?:/{_PART})*))?")
 _STORE = re.compile(rf"(?:s3|gs|az)://{_PART}(?:/[A-Za-z0-9._=-]*[A-Za-z0-9_=-])*")
@@ -78,7 +80,7 @@ class Remote:
 
     def _from_hub(self, repository: str, revision: str | None) -> tuple[AdapterFiles, str]:
         api = HfApi()
-        info = api.model_info(repository, revision=revision, files_metadata=True)
+        info = api.model_info(repository, revision=revision, files_metadata=True, timeout=ANSWER_SECONDS)
         sizes = {file.rfilename: file.size for file in info.siblings or ()}
         commit = f"hf://{repository}@{info.sha}"
         with TemporaryDirectory(prefix="molex-") as folder:

@@ -69,9 +69,8 @@ class Storage:
         return digest in self._sizes
 
     def digests(self) -> set[str]:
-        """Of all that is there."""
-        with self._lock:
-            return set(self._sizes)
+        """Of all that is there. Waits for no write."""
+        return set(self._sizes)
 
     def put(self, files: AdapterFiles) -> None:
         """Keep a copy. Raises ServiceError where there is no room for it."""
@@ -93,9 +92,10 @@ class Storage:
         with suppress(FileNotFoundError):
             os.utime(self.path(digest), (now, now))
 
-    def remove(self, digest: str) -> None:
+    def remove_unless(self, needed: Callable[[], Collection[str]], digest: str) -> None:
+        """Remove a copy, unless it is `needed` by then: no `put` comes between that look and the removal."""
         with self._lock:
-            if digest in self._sizes:
+            if digest in self._sizes and digest not in needed():
                 self._remove(digest)
 
     def keep_only(self, digests: Collection[str]) -> None:

@@ -289,6 +289,16 @@ def test_what_was_replaced_or_removed_while_it_was_read_is_not_kept(make_store, 
     assert resident(store) == ["topic"]
 
 
+def test_what_is_loaded_while_it_is_read_again_is_there_once(make_store, root):
+    store = evicted(make_store, root, "mood")
+    mood = store.get("mood")
+    loaded = bring_back(store, "mood")
+    store.load("rank2", root / "rank2")
+    assert store.reserve(mood)
+    assert store.keep(mood, loaded)
+    assert store.read_again(mood) is loaded is store.weights(mood)
+
+
 def test_a_pinned_adapter_stays(make_store, root):
     store = make_store(max_resident_adapters=2)
     store.load("mood", root / "mood", pinned=True)

@@ -168,6 +168,31 @@ def test_room_is_kept_for_what_is_being_read():
     assert memory.residents.reserve(Key()) == []
 
 
+def test_what_came_by_another_way_while_it_was_read_stays():
+    memory = Memory(1)
+    key = Key()
+    assert memory.residents.reserve(key) == []
+    assert memory.residents.reserve(key) == []
+    first = weights_of(key)
+    assert memory.residents.add(key, first) is first
+    assert memory.residents.add(key, weights_of(key)) is first
+    assert memory.load(Key()) == [key]
+
+
+def test_weights_go_on_under_another_key_as_popular_as_before():
+    memory = Memory(2)
+    popular, other, successor = Key(), Key(), Key()
+    for key in (popular, other):
+        memory.load(key)
+    weights = memory.residents.get(popular)
+    memory.residents.get(popular)
+    memory.residents.get(other)
+    memory.residents.hand_over(popular, successor)
+    assert popular not in memory.residents
+    assert memory.load(Key()) == [other]
+    assert memory.residents.get(successor) is weights
+
+
 def test_nothing_is_evicted_where_that_is_forbidden():
     memory = Memory(1)
     first = Key()

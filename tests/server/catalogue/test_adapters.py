@@ -111,6 +111,17 @@ def test_a_version_that_two_servers_load_is_ready_with_the_first_and_stays_so(us
         assert (record.current, record.newest.state, record.newest.facts) == (1, "ready", facts("a"))
 
 
+def test_a_late_load_of_what_is_ready_undoes_no_rollback(using_adapters):
+    async def work(adapters, catalogue):
+        await loaded(adapters, "a", "b")
+        rolled_back = await adapters.rollback(NAME, 1, actor="test")
+        told = await actions(catalogue)
+        assert await adapters.finish(NAME, 2, "folder", facts("b")) == rolled_back
+        assert await actions(catalogue) == told
+
+    using_adapters(work)
+
+
 def test_a_rollback_goes_one_version_back_or_to_the_named_one(using_adapters):
     async def work(adapters, catalogue):
         record = await loaded(adapters, "a", "b", "c")

@@ -129,6 +129,18 @@ def test_a_store_that_does_not_answer_is_said_to_be_down(store, monkeypatch):
     assert "10.0.0.7" not in error.message
 
 
+def test_a_hub_may_not_be_silent_for_ever(monkeypatch):
+    asked = {}
+
+    def answer(_, repository, **options):
+        asked.update(options)
+        raise TimeoutError("read timed out")
+
+    monkeypatch.setattr(remote.HfApi, "model_info", answer)
+    assert refusal("hf://open/mood").kind is ErrorKind.SOURCE_DOWN
+    assert asked["timeout"] == remote.ANSWER_SECONDS
+
+
 def test_a_store_without_its_package_is_named(monkeypatch):
     def missing(_: str) -> None:
         raise ImportError("Install gcsfs to access Google Storage")

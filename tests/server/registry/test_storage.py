@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -105,10 +107,37 @@ def test_only_what_is_named_is_kept(opened):
     for letter in "abc":
         storage.put(files(letter))
     storage.keep_only({files("b").digest})
-    storage.remove(files("c").digest)
+    storage.remove_unless(set, files("c").digest)
     assert storage.digests() == {files("b").digest}
-    storage.remove(files("b").digest)
+    storage.remove_unless(set, files("b").digest)
     assert opened().digests() == set()
+
+
+def test_what_is_needed_by_the_time_of_its_removal_stays(opened):
+    storage = opened()
+    digest = files("a").digest
+    storage.put(files("a"))
+
+    def needed() -> set[str]:
+        # Until the removal nobody is told that the files are there.
+        assert storage._lock.locked()
+        return {digest}
+
+    storage.remove_unless(needed, digest)
+    assert read_files(storage.path(digest)) == files("a")
+
+
+def test_a_slow_write_holds_up_nobody_who_looks(opened, monkeypatch):
+    storage = opened()
+    storage.put(files("a"))
+    writes, go = Event(), Event()
+    monkeypatch.setattr(os, "fsync", lambda _: writes.set() or go.wait(60))
+    with ThreadPoolExecutor(2) as pool:
+        writing = pool.submit(storage.put, files("b"))
+        assert writes.wait(60)
+        assert pool.submit(storage.digests).result(60) == {files("a").digest}
+        go.set()
+        writing.result()
 
 
 def test_without_a_folder_it_ends_with_the_process(opened):

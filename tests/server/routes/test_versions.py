@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Event
 
@@ -35,13 +36,14 @@ def put(live) -> Callable[..., httpx.Response]:
     return load
 
 
+def upload_to(live: Live, name: str, folder: Path, wait: float = 60, **fields: str) -> httpx.Response:
+    files = {file: (folder / file).read_bytes() for file in FILES}
+    return live.http.put(f"/v1/adapters/{name}?wait={wait}", files=files, data=fields)
+
+
 @pytest.fixture
 def upload(live) -> Callable[..., httpx.Response]:
-    def send(name: str, folder: Path, wait: float = 60, **fields: str) -> httpx.Response:
-        files = {file: (folder / file).read_bytes() for file in FILES}
-        return live.http.put(f"/v1/adapters/{name}?wait={wait}", files=files, data=fields)
-
-    return send
+    return partial(upload_to, live)
 
 
 def digest_of(live: Live, model: str) -> str | None:
@@ -138,6 +140,35 @@ def test_a_version_is_in_memory_before_it_is_current_again(settings, start, adap
         (live.registry.storage.path(digests[0]) / file).unlink()
     assert code_of(live.post("/v1/adapters/x/rollback", {})) == (409, "adapter_unavailable")
     assert digest_of(live, "x") == digests[1]
+
+
+def test_a_pinned_version_keeps_its_weights_when_it_is_current_again(settings, start, adapters_folder):
+    changes = {"adapters": None, "adapter_root": adapters_folder, "max_resident_adapters": 2}
+    live = start(settings.model_copy(update=changes))
+    live.load("x", "mood", pinned=True)
+    live.load("x", "topic")
+    card = live.post("/v1/adapters/x/rollback", {"version": 1}).json()
+    assert (card["pinned"], card["resident"]) == (True, True)
+    live.load("x", "topic")
+    live.load("y", "mood", pinned=True)
+    assert code_of(live.post("/v1/adapters/x/rollback", {"version": 1})) == (409, "too_many_adapters")
+    assert live.http.get("/v1/adapters/x").json()["version"] == 2
+
+
+def test_a_slow_source_holds_up_no_upload(settings, start, adapters_folder, monkeypatch):
+    live = start(
+        settings.model_copy(update={"adapters": None, "sources": ("hf://acme/",), "pool_threads": 1})
+    )
+    go = Event()
+    monkeypatch.setattr(live.registry.remote, "fetch", lambda uri: go.wait(60))
+    monkeypatch.setattr("server.registry.registry.FETCH_SECONDS", 0.2)
+    slow = live.http.put("/v1/adapters/slow?wait=0", json={"source": "hf://acme/mood"})
+    assert slow.status_code == 202
+    assert upload_to(live, "x", adapters_folder / "mood").status_code == 201
+    while (card := live.http.get("/v1/adapters/slow").json())["state"] != "failed":
+        pass
+    assert card["reason"] == "hf://acme/mood could not be fetched within 0.2 seconds"
+    go.set()
 
 
 @pytest.mark.parametrize("alias", ["7", "-x", "a%20b", "x" * 64])
