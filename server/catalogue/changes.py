@@ -40,7 +40,7 @@ class Changes:
             self._seen = entries[-1].number
 
     async def watch(self) -> None:
-        """Refresh until cancelled. While the database is down, what was known stays good."""
+        """Refresh until cancelled, whatever fails. While the database is down, what was known stays good."""
         reachable = True
         while True:
             try:
@@ -50,4 +50,6 @@ class Changes:
                 if reachable:
                     log.exception("the catalogue cannot be reached; what is in memory stays good")
                 reachable = False
+            except Exception:
+                log.exception("a change of the catalogue could not be followed")
             await asyncio.sleep(REFRESH_SECONDS)

@@ -66,6 +66,15 @@ class Follower:
 
     async def _look(self, name: str) -> None:
         """Serve what the catalogue says now. Raises ServiceError where that cannot be had."""
+        before = self._engine.adapters.versions(name)
+        try:
+            await self._change(name)
+        finally:
+            # Behind the changes, which wait for nobody's loads.
+            if leaving := before - self._engine.adapters.versions(name):
+                await self._registry.collect(leaving)
+
+    async def _change(self, name: str) -> None:
         registry = self._registry
         async with registry.changing:
             record = await registry.catalogue.find(name)
@@ -74,7 +83,7 @@ class Follower:
             current = _current(record)
             if record is None or current is None or self._is_served(name, current):
                 registry.unserved.pop(name, None)
-                await self._show(name, record)
+                self._show(name, record)
                 return
         try:
             adapter = await self._read(record, current)
@@ -82,11 +91,11 @@ class Follower:
             async with registry.changing:
                 record = await registry.catalogue.find(name)
                 registry.unserved[name] = replace(current, state=State.FAILED, reason=error.message)
-                await self._show(name, record)
+                self._show(name, record)
             raise
         async with registry.changing:
             if await registry.catalogue.find(name) == record:
-                await self._show(name, record, adapter)
+                self._show(name, record, adapter)
             else:
                 self._changed.add(name)
 
@@ -108,10 +117,9 @@ class Follower:
         await self._registry.restore(served)
         return await self._engine.loader.run(self._engine.adapters.read, served)
 
-    async def _show(self, name: str, record: AdapterRecord | None, adapter: Adapter | None = None) -> None:
+    def _show(self, name: str, record: AdapterRecord | None, adapter: Adapter | None = None) -> None:
         """Serve an adapter as it is in the catalogue, with the weights of its current version."""
         store = self._engine.adapters
-        before = store.versions(name)
         if record is None:
             self._registry.forget(name)
         else:
@@ -119,8 +127,6 @@ class Follower:
             if served is not None and adapter is not None:
                 store.keep(served, adapter)
                 store.count_load(served)
-        if leaving := before - store.versions(name):
-            await self._registry.collect(leaving)
 
 
 def _current(record: AdapterRecord | None) -> Version | None:

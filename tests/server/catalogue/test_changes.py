@@ -52,3 +52,30 @@ def test_a_database_that_was_down_is_watched_again(using, monkeypatch, caplog):
 
     assert using(work) == "tenant:acme"
     assert len(caplog.records) == 1
+
+
+def test_an_error_ends_no_watch(using, monkeypatch, caplog):
+    monkeypatch.setattr("server.catalogue.changes.REFRESH_SECONDS", 0)
+
+    async def work(catalogue):
+        changes = Changes(catalogue)
+        heard: asyncio.Queue[str] = asyncio.Queue()
+        failures = iter(range(1))
+
+        def listener(subject):
+            if next(failures, None) is not None:
+                raise KeyError(subject)
+            heard.put_nowait(subject)
+
+        changes.listeners.append(listener)
+        await catalogue.set_tenant("acme", {}, actor="test")
+        watch = asyncio.create_task(changes.watch())
+        subject = await asyncio.wait_for(heard.get(), 60)
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+        return subject
+
+    assert using(work) == "tenant:acme"
+    assert [record.message for record in caplog.records] == [
+        "a change of the catalogue could not be followed"
+    ]

@@ -241,6 +241,27 @@ def test_a_source_that_is_down_is_asked_again(replicas):
 
 
 @on_sqlite
+def test_changes_do_not_wait_for_the_loads_of_what_leaves(replicas, monkeypatch):
+    first, second = replicas
+    registry = second.live.registry
+    held = []
+    collect = registry.collect
+
+    async def look(leaving=frozenset()):
+        held.append(registry.changing.locked())
+        await collect(leaving)
+
+    monkeypatch.setattr(registry, "collect", look)
+    first.put("x", "mood")
+    second.until("x", lambda card: card.get("version") == 1)
+    first.http.delete("/v1/adapters/x")
+    second.until("x", lambda card: "error" in card)
+    while not held:
+        second.card("x")
+    assert held == [False]
+
+
+@on_sqlite
 def test_a_server_fetches_nothing_for_its_own_changes(replicas):
     first, second = replicas
     for source in ("mood", "topic", "mood"):
