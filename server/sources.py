@@ -75,9 +75,11 @@ class Sources:
     def copy(self, folder: Path, max_bytes: int) -> AdapterFiles:
         """The files of a folder that a caller named. Raises ServiceError naming the file at fault.
 
-        They are opened without following links, whatever has become of the folder since `resolve`.
+        They are opened without following links, whatever has become of the folder, or of one that it lies in,
+        since `resolve`.
         """
-        descriptor = _open(folder.name, folder, os.O_DIRECTORY)
+        assert self._root is not None
+        descriptor = _open_folder(self._root, folder.relative_to(self._root))
         try:
             names = (CONFIG_NAME, WEIGHTS_NAME)
             return AdapterFiles(*(_read_regular(descriptor, name, max_bytes) for name in names))
@@ -141,6 +143,19 @@ def _open(name: str, path: str | Path, flags: int, folder: int | None = None) ->
     except OSError as error:
         why = "is a link" if error.errno == errno.ELOOP else f"cannot be read ({error.strerror})"
         raise ServiceError(ErrorKind.BAD_ADAPTER, f"{name}: {why}", param=name) from error
+
+
+def _open_folder(root: Path, path: Path) -> int:
+    """Open a folder below a root, step by step: none of them may be a link."""
+    descriptor = _open(root.name, root, os.O_DIRECTORY)
+    for step in path.parts:
+        try:
+            descriptor, above = _open(path.name, step, os.O_DIRECTORY, descriptor), descriptor
+        except ServiceError:
+            os.close(descriptor)
+            raise
+        os.close(above)
+    return descriptor
 
 
 def _read_regular(folder: int, name: str, max_bytes: int) -> bytes:

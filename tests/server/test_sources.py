@@ -110,6 +110,16 @@ def test_a_folder_that_became_a_link_is_refused(sources, root, outside):
     assert refusal(sources.copy, root / "topic", LIMIT).kind is ErrorKind.BAD_ADAPTER
 
 
+def test_a_folder_in_one_that_became_a_link_is_refused(sources, root, outside, tmp_path):
+    shutil.copytree(root / "topic", root / "team" / "topic")
+    assert sources.copy(root / "team" / "topic", LIMIT).config
+    shutil.rmtree(root / "team")
+    (tmp_path / "elsewhere").mkdir()
+    outside.rename(tmp_path / "elsewhere" / "topic")
+    (root / "team").symlink_to(tmp_path / "elsewhere")
+    assert refusal(sources.copy, root / "team" / "topic", LIMIT).kind is ErrorKind.BAD_ADAPTER
+
+
 def test_a_file_that_is_too_large_is_refused_by_name(sources, root):
     weights = root / "topic" / "adapter_model.safetensors"
     size = weights.stat().st_size
