@@ -48,7 +48,8 @@ api_keys = Table(
     Column("revoked", BigInteger),
 )
 
-# `last` is the newest number that was given to a version: no number means two things, ever.
+# `last` is the newest number that was given to a version: no number means two things, as long as the adapter
+# is there.
 adapters = Table(
     "adapters",
     METADATA,

@@ -22,7 +22,7 @@ async def warm_up(engine: Engine, base: str, adapter: Adapter, tenant: str | Non
     It runs some depths a step, and leaves every other step to the requests that are there: these wait for few
     of them. A full queue does not refuse it: there are no more warm-ups than loads at a time.
 
-    Raises ServiceError (400) where that fails or gives a number that is not finite.
+    Raises ServiceError: 400 where that fails or gives a number that is not finite, else what the engine says.
     """
     deadline = asyncio.get_running_loop().time() + engine.settings.max_request_seconds
     encode = engine.bases[base].tokenization.encode
@@ -41,7 +41,7 @@ async def warm_up(engine: Engine, base: str, adapter: Adapter, tenant: str | Non
     try:
         await submission.finished()
     except ServiceError as error:
-        if error.kind is not ErrorKind.INTERNAL:
+        if error.kind is not ErrorKind.INTERNAL or not engine.ready:
             raise
         message = "the warm-up failed: a short text gives no answer of finite numbers with these weights"
         raise ServiceError(ErrorKind.BAD_ADAPTER, message) from error

@@ -115,19 +115,26 @@ def test_a_failure_reaches_all_who_ask_and_is_tried_again_later(store, reads, mo
 
 
 def test_loads_wait_for_room_in_the_order_they_came(store, reads):
-    reads.go.set()
-    held = {store.weights(store.get("judge"))}
-    store.watch_use(lambda: held)
+    free = Event()
+
+    def in_use():
+        return set() if free.is_set() else {store.weights(store.get(name)) for name in NAMES} - {None}
+
+    store.watch_use(in_use)
 
     async def work(loader):
         first = asyncio.ensure_future(load(loader, store, "mood"))
         second = asyncio.ensure_future(load(loader, store, "topic"))
         await asyncio.sleep(0)
         assert reads == []
-        held.clear()
-        held.add(await first)
-        assert not second.done()
-        held.clear()
+        free.set()
+        while not reads:
+            await asyncio.sleep(0)
+        free.clear()
+        reads.go.set()
+        await first
+        assert reads == ["mood"]
+        free.set()
         await second
 
     run(store, work)
