@@ -127,6 +127,7 @@ _KIND_OF_STATUS = {
     405: ErrorKind.METHOD_NOT_ALLOWED,
     408: ErrorKind.SLOW_BODY,
     413: ErrorKind.TOO_LARGE,
+    499: ErrorKind.CLIENT_GONE,
 }
 
 

@@ -82,9 +82,10 @@ class Observer:
 
 
 class BodyLimit:
-    """Refuses bodies that are too large, slow or packed, when they are read: by a header or by what has come.
+    """Refuses bodies that are too large, slow or packed, or whose client leaves, when they are read.
 
-    So the route that reads one spells the refusal in its own shape.
+    So the route that reads one spells the refusal in its own shape. It is an HTTPException: FastAPI takes any
+    other failure to read a body for a bad request.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -115,6 +116,8 @@ class BodyLimit:
             if announced > limit:
                 raise too_large
             part = await self._in_time(receive, deadline)
+            if part["type"] == "http.disconnect":
+                raise HTTPException(ErrorKind.CLIENT_GONE.status, "the client left before its body ended")
             size += len(part.get("body", b""))
             complete = not part.get("more_body", False)
             if size > limit:

@@ -10,7 +10,6 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
-from starlette.requests import ClientDisconnect
 
 from molex.adapter_file import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles
 from server.errors import ErrorKind, ServiceError
@@ -61,8 +60,6 @@ async def read_put(request: Request, max_bytes: int) -> PutAdapterRequest | Uplo
     except ValidationError as error:
         problems = [problem | {"loc": ("body", *problem["loc"])} for problem in error.errors()]
         raise RequestValidationError(problems) from None
-    except ClientDisconnect as error:
-        raise ServiceError(ErrorKind.CLIENT_GONE, "the client has closed the connection") from error
     except (ValueError, RecursionError):
         raise ServiceError(ErrorKind.INVALID_REQUEST, "the body is not valid JSON") from None
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import random
+import socket
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from weakref import ref
 
+import httpx
 import pytest
 
 from tests.server.conftest import Live
@@ -17,6 +19,7 @@ from tests.server.plain_client import plain_client
 NAMES = {"writer-2": "writer", "poet-2": "poet", "mood-2": "mood"}
 PROMPTS = ["w1 w2 w3", "w9", "w8 w7 w6 w5 w4", " ".join(f"w{n}" for n in range(70))]
 WORKERS = 24
+JSON = "application/json"
 
 
 def request(name: str, prompt: str) -> tuple[str, dict[str, Any]]:
@@ -82,3 +85,36 @@ def test_those_who_stay_are_answered_and_nothing_is_left_of_the_others(settings,
 
     # Each look takes a round trip to the server.
     assert any(forgotten() for _ in range(100) if live.http.get("/livez").status_code == 200)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "route", "media_type"),
+    [
+        ("POST", "/v1/classify", "/v1/classify", JSON),
+        ("POST", "/tokenize", "/tokenize", JSON),
+        ("POST", "/tei/mood/predict", "/tei/{model}/predict", JSON),
+        ("POST", "/v2/models/mood/infer", "/v2/models/{model}/infer", JSON),
+        ("POST", "/v2/repository/index", "/v2/repository/index", JSON),
+        ("POST", "/v2/repository/models/x/load", "/v2/repository/models/{model}/load", JSON),
+        ("POST", "/v2/repository/models/x/unload", "/v2/repository/models/{model}/unload", JSON),
+        ("PUT", "/v1/adapters/x", "/v1/adapters/{name}", JSON),
+        ("PUT", "/v1/adapters/x", "/v1/adapters/{name}", "multipart/form-data; boundary=b"),
+    ],
+)
+def test_leaving_in_the_middle_of_a_body_is_no_fault_of_the_server(
+    live, caplog, method, path, route, media_type
+):
+    def ends() -> dict[int, float]:
+        samples = live.metrics()
+        name = 'molex_requests_total{{route="{}",status="{}"}}'
+        return {status: samples.get(name.format(route, status), 0) for status in (400, 499, 500)}
+
+    before = ends()
+    url = httpx.URL(live.url)
+    with socket.create_connection((url.host, url.port)) as connection:
+        head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {media_type}\r\n"
+        connection.sendall(f"{head}content-length: 100\r\n\r\n".encode())
+    # Each look takes a round trip to the server.
+    after = next(counts for _ in range(1000) if (counts := ends()) != before)
+    assert after == before | {499: before[499] + 1}
+    assert not caplog.records
