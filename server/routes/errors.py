@@ -59,7 +59,9 @@ def error_route(spell: Callable[[ServiceError], Response]) -> type[APIRoute]:
                 except RequestValidationError as error:
                     return spell(describe(error))
                 except HTTPException as error:
-                    return spell(error_of_status(error.status_code, error.detail))
+                    response = spell(error_of_status(error.status_code, error.detail))
+                    response.headers.update(error.headers or {})
+                    return response
 
             return handle_in_shape
 

@@ -90,6 +90,14 @@ def test_a_body_that_never_ends_is_refused_and_counted(live, connection):
     assert live.metrics()['molex_requests_total{route="/v1/classify",status="408"}'] == 1
 
 
+@pytest.mark.parametrize("path", ["/tei/mood/predict", "/v2/models/mood/infer", "/classify"])
+def test_a_slow_body_ends_the_connection_on_the_routes_of_other_apis_too(connection, path):
+    connection.sendall(HEAD.replace(b"/v1/classify", path.encode()) + b"content-length: 4000\r\n\r\n")
+    head = trickle(connection, b" ").partition(b"\r\n\r\n")[0]
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert b"connection: close" in head
+
+
 @pytest.mark.parametrize("path", [b"/livez", b"/no/such/path"])
 def test_a_body_that_nobody_reads_is_cut_off(connection, path):
     connection.sendall(b"GET %b HTTP/1.1\r\nhost: x\r\ncontent-length: 4000\r\n\r\n" % path)
