@@ -176,7 +176,7 @@ async def _run(
     sequences = await run_prompts(
         engine, target, batch, request, response, param="inputs", truncate=bool(body.truncate)
     )
-    response.headers.update(_compute_headers(batch, sequences, response))
+    response.headers.update(_compute_headers(engine, batch, sequences, response))
     return sequences
 
 
@@ -197,13 +197,13 @@ def _model_type(target: Target) -> dict[str, Any]:
 
 
 def _compute_headers(
-    inputs: list[TextOrPair], sequences: list[Sequence], response: Response
+    engine: Engine, inputs: list[TextOrPair], sequences: list[Sequence], response: Response
 ) -> dict[str, str]:
-    """What TEI reports of a request: its times in whole milliseconds, and what it was made of."""
+    """What TEI reports of a request: its times in whole milliseconds, what ran it and what it was made of."""
     texts = [text for entry in inputs for text in ([entry] if isinstance(entry, str) else entry)]
     times = {name: str(int(float(response.headers[name]))) for name in TIMES}
     return times | {
-        "x-compute-type": "cpu",
+        "x-compute-type": "cpu" if engine.settings.device == "cpu" else "gpu",
         "x-compute-time": times["x-total-time"],
         "x-compute-characters": str(sum(map(len, texts))),
         "x-compute-tokens": str(sum(len(sequence.token_ids) for sequence in sequences)),

@@ -59,10 +59,17 @@ def test_headers_say_times_and_sizes(live):
     headers = predict(live, [["w1 w2 w3"], PAIR]).headers
     for name in ("x-total-time", "x-tokenization-time", "x-queue-time", "x-inference-time", "x-compute-time"):
         assert re.fullmatch("[0-9]+", headers[name])
-    assert headers["x-compute-type"] == "cpu"
     assert int(headers["x-compute-characters"]) == len("w1 w2 w3") + len("".join(PAIR))
     assert int(headers["x-compute-tokens"]) > 6
     assert headers["x-adapter-digest"].startswith("sha256:")
+
+
+@pytest.mark.parametrize(("device", "compute_type"), [("cpu", "cpu"), ("cuda", "gpu"), ("cuda:1", "gpu")])
+def test_headers_say_what_computes(live, monkeypatch, device, compute_type):
+    # The bases have been loaded, so that it takes no GPU to say this.
+    monkeypatch.setattr(live.engine, "settings", live.engine.settings.model_copy(update={"device": device}))
+    for path in ("/tei/mood/predict", "/tei/enc/embed"):
+        assert live.post(path, {"inputs": "w1"}).headers["x-compute-type"] == compute_type
 
 
 def test_embeddings_are_those_of_the_openai_route(live):
