@@ -15,6 +15,7 @@ from server.errors import ErrorKind, internal_error
 from server.metrics import Metrics
 from server.routes.errors import answer
 from server.routes.timing import route_template
+from server.routes.uploads import brings_files
 from server.settings import Settings
 
 PROBES = ("/livez", "/readyz", "/metrics")
@@ -138,9 +139,4 @@ class BodyLimit:
 
 def _is_upload(scope: Scope, headers: Headers) -> bool:
     """Whether a request brings the files of an adapter."""
-    kind = headers.get("content-type", "")
-    return (
-        scope["method"] == "PUT"
-        and scope["path"].startswith("/v1/adapters/")
-        and kind.startswith("multipart/form-data")
-    )
+    return scope["method"] == "PUT" and scope["path"].startswith("/v1/adapters/") and brings_files(headers)

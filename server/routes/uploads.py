@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import FormData, Headers, UploadFile
 
 from molex.adapter_file import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles
 from server.errors import ErrorKind, ServiceError
@@ -50,10 +50,16 @@ class Upload:
     fields: UploadFields
 
 
+def brings_files(headers: Headers) -> bool:
+    """Whether the body of a request is files, by its media type."""
+    media_type = headers.get("content-type", "").partition(";")[0]
+    return media_type.strip().lower() == MULTIPART
+
+
 async def read_put(request: Request, max_bytes: int) -> PutAdapterRequest | Upload:
     """Raises ServiceError or RequestValidationError, which name the field at fault."""
     try:
-        if request.headers.get("content-type", "").startswith(MULTIPART):
+        if brings_files(request.headers):
             async with request.form(max_files=len(FILES), max_fields=len(FIELDS), max_part_size=1024) as form:
                 return await _upload(form, max_bytes)
         return PutAdapterRequest.model_validate(json.loads(await request.body()))

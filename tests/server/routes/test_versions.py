@@ -233,6 +233,15 @@ def test_an_upload_is_bounded_on_its_way(settings, start, adapters_folder):
     assert list(live.registry.storage.folder.glob("sha256-*")) == []
 
 
+def test_the_media_type_of_an_upload_may_be_in_any_case(settings, start, adapters_folder):
+    live = start(settings.model_copy(update={"max_body_bytes": 1024}))
+    files = {file: (adapters_folder / "mood" / file).read_bytes() for file in FILES}
+    request = live.http.build_request("PUT", "/v1/adapters/x?wait=60", files=files)
+    usual = request.headers["content-type"]
+    request.headers["content-type"] = usual.replace("multipart/form-data;", "Multipart/FORM-data ;")
+    assert live.http.send(request).status_code == 201
+
+
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"source": 3}', b"\xff"])
 def test_a_body_that_is_neither_is_refused(live, body):
     response = live.http.put("/v1/adapters/x", content=body, headers={"content-type": "application/json"})
