@@ -145,16 +145,15 @@ def encoders(engine: Engine) -> list[str]:
     return [name for name, base in engine.bases.items() if not base.model.spec.generates]
 
 
-def only(names: list[str]) -> str:
-    """The one name there is to choose, where a request has none. Raises ServiceError (404)."""
+def only(names: list[str], how: str) -> str:
+    """The one name there is to choose, where a request has none. Raises ServiceError (404).
+
+    `how` tells the client how to name a model.
+    """
     if len(names) == 1:
         return names[0]
-    message = f"{len(names)} models fit: name one as model; TEI's clients add ?model=NAME or /tei/NAME"
+    message = f"{len(names)} models fit: name one {how}"
     raise ServiceError(ErrorKind.MODEL_NOT_FOUND, message, param="model")
-
-
-def only_classifier(engine: Engine, caller: Caller) -> str:
-    return only(classifiers(engine, caller))
 
 
 def check_count(engine: Engine, count: int, param: str, what: str = "entries") -> None:

@@ -22,7 +22,6 @@ from server.deps import (
     encoders,
     find_target,
     only,
-    only_classifier,
 )
 from server.engine import Engine
 from server.errors import ErrorKind, ServiceError
@@ -45,6 +44,8 @@ STATUS = {
 TIMES = ("x-total-time", "x-tokenization-time", "x-queue-time", "x-inference-time")
 ERROR_TYPES = {400: "Empty", 424: "Backend", 429: "Overloaded", 503: "Unhealthy", 504: "Backend"}
 """Of its errors by status; all others are "Validation"."""
+NAMING = "with ?model=NAME or /tei/NAME"
+"""How its clients name a model."""
 
 
 def _status(kind: ErrorKind) -> int:
@@ -92,15 +93,17 @@ class Info(BaseModel):
 
 # One declaration for both places of the name: in the path where the path has it, else in the query.
 async def _classifier(engine: EngineDep, caller: Infer, model: ModelName | None = None) -> Target:
-    return classifier(engine, caller, model or only_classifier(engine, caller))
+    return classifier(engine, caller, model or only(classifiers(engine, caller), NAMING))
 
 
 async def _encoder(engine: EngineDep, caller: Infer, model: ModelName | None = None) -> Target:
-    return encoder(engine, caller, model or only(encoders(engine)))
+    return encoder(engine, caller, model or only(encoders(engine), NAMING))
 
 
 async def _either(engine: EngineDep, caller: Infer, model: ModelName | None = None) -> Target:
-    target = find_target(engine, caller, model or only(classifiers(engine, caller) or encoders(engine)))
+    target = find_target(
+        engine, caller, model or only(classifiers(engine, caller) or encoders(engine), NAMING)
+    )
     return target if target.classifies else encoder(engine, caller, target.name)
 
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from server.auth.caller import Caller
-from server.deps import EngineDep, Target, classifier, find_target, only, only_classifier
+from server.deps import EngineDep, Target, classifier, classifiers, find_target, only
 from server.engine import Engine
 from server.generation_schemas import (
     DetokenizeRequest,
@@ -23,6 +23,9 @@ from server.routes.vllm_errors import VLLM_ERRORS
 from server.schemas import VllmClassifyRequest
 from server.sequence import Sequence
 from server.tokenization import Tokenization
+
+NAMING = "in the field model"
+"""How its clients name a model."""
 
 router = APIRouter(tags=["vllm"], **VLLM_ERRORS)
 
@@ -82,7 +85,7 @@ async def classify(
     body: VllmClassifyRequest, request: Request, response: Response, engine: EngineDep, caller: Infer
 ) -> VllmClassifyResponse:
     """Classify one or more texts. With `use_activation` false, `probs` are logits."""
-    target = classifier(engine, caller, body.model or only_classifier(engine, caller))
+    target = classifier(engine, caller, body.model or only(classifiers(engine, caller), NAMING))
     sequences = await run_prompts(
         engine,
         target,
@@ -127,7 +130,7 @@ async def show_version() -> Version:
 
 
 def _target(engine: Engine, caller: Caller, model: str | None) -> Target:
-    return find_target(engine, caller, model or only(list(engine.bases)))
+    return find_target(engine, caller, model or only(list(engine.bases), NAMING))
 
 
 def _classification(sequence: Sequence, *, raw: bool) -> VllmClassification:

@@ -215,7 +215,7 @@ def test_at_the_root_the_name_is_needed_only_where_several_fit(live):
     assert live.post("/embed", {"inputs": "w1"}).status_code == 200
     asked = live.post("/predict", {"inputs": "w1"})
     assert asked.status_code == 404
-    assert "?model=NAME" in asked.json()["error"]
+    assert asked.json()["error"].endswith("models fit: name one with ?model=NAME or /tei/NAME")
     assert live.post("/predict?model=mood", {"inputs": "w1"}).status_code == 200
 
 

@@ -79,6 +79,17 @@ def test_bad_bodies_are_refused_by_field(live, route, body, param):
     assert response.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [("/classify", {"input": "w1"}), ("/tokenize", {"prompt": "w1"}), ("/detokenize", {"tokens": [1]})],
+)
+def test_where_several_models_fit_the_answer_says_how_to_name_one_here(live, route, body):
+    response = live.post(route, body)
+    assert response.status_code == 404
+    message = response.json()["error"]["message"]
+    assert message.endswith("models fit: name one in the field model")
+
+
 def test_tokens_of_a_text_and_back(live):
     answer = live.post("/tokenize", {"model": "writer", "prompt": "w1 w2", "return_token_strs": True}).json()
     assert answer == {
