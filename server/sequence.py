@@ -133,5 +133,11 @@ class Sequence:
         return pages_for(len(self.token_ids) + self.sampling.max_tokens, self.adapter.num_streams)
 
     @property
+    def label(self) -> str:
+        """The most probable class of a classification."""
+        best = max(range(len(self.probs)), key=self.probs.__getitem__)
+        return self.adapter.id2label[best]
+
+    @property
     def finished(self) -> bool:
         return self.status is Status.FINISHED

@@ -61,11 +61,10 @@ async def classify(
 
 
 def _classification(sequence: Sequence, *, return_routes: bool) -> Classification:
-    best = max(range(len(sequence.probs)), key=sequence.probs.__getitem__)
     extra: dict[str, Any] = {"routes": flat_route(sequence.route or ())} if return_routes else {}
     return Classification(
         index=sequence.index,
-        label=sequence.adapter.id2label[best],
+        label=sequence.label,
         probs=sequence.probs,
         num_classes=len(sequence.probs),
         **extra,

@@ -300,16 +300,11 @@ def _outputs(target: Target, sequences: list[Sequence]) -> list[OutputTensor]:
     shape = (count, len(served.labels))
     if served.config.regression:
         return [OutputTensor("score", "FP32", (count, 1), [s.scores[0] for s in sequences])]
-    labels = [served.labels[_best(sequence)] for sequence in sequences]
     return [
         OutputTensor("probabilities", "FP32", shape, [p for s in sequences for p in s.probs]),
         OutputTensor("logits", "FP32", shape, [score for s in sequences for score in s.scores]),
-        OutputTensor("label", "BYTES", (count,), labels),
+        OutputTensor("label", "BYTES", (count,), [s.label for s in sequences]),
     ]
-
-
-def _best(sequence: Sequence) -> int:
-    return max(range(len(sequence.probs)), key=sequence.probs.__getitem__)
 
 
 def _spelled(body: InferRequest, outputs: dict[str, OutputTensor]) -> tuple[list[Json], bytes]:

@@ -134,10 +134,9 @@ def _target(engine: Engine, caller: Caller, model: str | None) -> Target:
 
 
 def _classification(sequence: Sequence, *, raw: bool) -> VllmClassification:
-    best = max(range(len(sequence.probs)), key=sequence.probs.__getitem__)
     return VllmClassification(
         index=sequence.index,
-        label=sequence.adapter.id2label[best],
+        label=sequence.label,
         probs=sequence.scores if raw else sequence.probs,
         num_classes=len(sequence.probs),
     )
