@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
 from starlette.datastructures import FormData, Headers, UploadFile
 
 from molex.adapter_file import CONFIG_NAME, WEIGHTS_NAME, AdapterFiles
 from server.errors import ErrorKind, ServiceError
+from server.routes.bodies import parse, validate
 from server.schemas import PutAdapterRequest, UploadFields
 
 MAX_CONFIG_BYTES = 1_048_576
@@ -58,16 +56,18 @@ def brings_files(headers: Headers) -> bool:
 
 async def read_put(request: Request, max_bytes: int) -> PutAdapterRequest | Upload:
     """Raises ServiceError or RequestValidationError, which name the field at fault."""
+    if brings_files(request.headers):
+        return await _read_form(request, max_bytes)
+    return parse(PutAdapterRequest, await request.body())
+
+
+async def _read_form(request: Request, max_bytes: int) -> Upload:
     try:
-        if brings_files(request.headers):
-            async with request.form(max_files=len(FILES), max_fields=len(FIELDS), max_part_size=1024) as form:
-                return await _upload(form, max_bytes)
-        return PutAdapterRequest.model_validate(json.loads(await request.body()))
-    except ValidationError as error:
-        problems = [problem | {"loc": ("body", *problem["loc"])} for problem in error.errors()]
-        raise RequestValidationError(problems) from None
-    except (ValueError, RecursionError):
-        raise ServiceError(ErrorKind.INVALID_REQUEST, "the body is not valid JSON") from None
+        async with request.form(max_files=len(FILES), max_fields=len(FIELDS), max_part_size=1024) as form:
+            return await _upload(form, max_bytes)
+    except ValueError:
+        # Starlette lets through that the charset of the form cannot decode it.
+        raise ServiceError(ErrorKind.INVALID_REQUEST, f"the body is not valid {MULTIPART}") from None
 
 
 async def _upload(form: FormData, max_bytes: int) -> Upload:
@@ -78,7 +78,7 @@ async def _upload(form: FormData, max_bytes: int) -> Upload:
         raise _refusal("body", "two parts have the same name")
     contents = [await _content(name, dict(parts).get(name), limit) for name, limit in _limits(max_bytes)]
     fields = {name: value for name, value in parts if name in FIELDS}
-    return Upload(AdapterFiles(*contents), UploadFields.model_validate(fields))
+    return Upload(AdapterFiles(*contents), validate(UploadFields, fields))
 
 
 def _limits(max_bytes: int) -> tuple[tuple[str, int], ...]:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import version as package_version
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from server.deps import EngineDep, LoadsDep, Target, encoder, find_target, visible
 from server.errors import ErrorKind, ServiceError
 from server.routes.access import OPEN, Infer, ReadAdapters, WriteAdapters
 from server.routes.adapters import Name, load_source
 from server.routes.answers import InferResponse, V2Error
+from server.routes.bodies import B, parse
 from server.routes.embeddings import normalized
 from server.routes.errors import error_answers, error_route
 from server.routes.prompts import run_prompts
@@ -37,7 +37,6 @@ NO_BODY: dict[int | str, Json] = {503: {"description": "Not now"}}
 """The other answer of probes."""
 Version = Annotated[str, Field(max_length=64)]
 """The hexadecimal digits of a digest."""
-B = TypeVar("B", bound=Body)
 
 
 def _spell(error: ServiceError) -> Response:
@@ -268,13 +267,7 @@ def _without_binary(body: bytes, json_length: str | None) -> tuple[bytes, bytes]
 
 def _parse(kind: type[B], text: bytes) -> B:
     """A body that comes without a content type, as the protocol's clients send it; an empty one is {}."""
-    try:
-        return kind.model_validate(json.loads(text or b"{}"))
-    except ValidationError as error:
-        problems = [problem | {"loc": ("body", *problem["loc"])} for problem in error.errors()]
-        raise RequestValidationError(problems) from None
-    except (ValueError, RecursionError):
-        raise ServiceError(ErrorKind.INVALID_REQUEST, "the body is not valid JSON") from None
+    return parse(kind, text or b"{}")
 
 
 def _inputs(texts: dict[str, list[str]], target: Target) -> list[TextOrPair]:

@@ -233,6 +233,15 @@ def test_an_upload_is_bounded_on_its_way(settings, start, adapters_folder):
     assert list(live.registry.storage.folder.glob("sha256-*")) == []
 
 
+def test_an_upload_that_is_no_form_is_refused_as_one(live):
+    # Python has a charset of this name, which decodes nothing.
+    headers = {"content-type": "multipart/form-data; boundary=b; charset=undefined"}
+    body = b'--b\r\ncontent-disposition: form-data; name="base"\r\n\r\nenc\r\n--b--\r\n'
+    response = live.http.put("/v1/adapters/x", content=body, headers=headers)
+    assert code_of(response) == (400, "invalid_value")
+    assert response.json()["error"]["message"] == "the body is not valid multipart/form-data"
+
+
 def test_the_media_type_of_an_upload_may_be_in_any_case(settings, start, adapters_folder):
     live = start(settings.model_copy(update={"max_body_bytes": 1024}))
     files = {file: (adapters_folder / "mood" / file).read_bytes() for file in FILES}
