@@ -57,7 +57,7 @@ NO_STACKS = Stacks([], BatchLora([]))
 
 
 class MolexModel:
-    """A base model, loaded once, and the adapters that are resident on it."""
+    """A base model, loaded once, and the adapters that are resident on it. One thread uses it at a time."""
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone

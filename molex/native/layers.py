@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -97,15 +96,6 @@ def _bits(number: float) -> int:
     return int(np.float64(number).view(np.int64))
 
 
-@dataclass(frozen=True)
-class LastFactors:
-    """The tables of a batch's adapters, and their `fields` [members, sites, 5]."""
-
-    lora: ReferenceType[BatchLora]
-    tables: Sequence[FactorTable]
-    fields: Tensor
-
-
 class NativeLayers:
     """The layers of a base model with packed weights, in float32, bfloat16, 8 or 4 bits.
 
@@ -142,7 +132,7 @@ class NativeLayers:
         for block in routed if self.first_routed else []:
             self._add(block, routed_bits)
         self._tables: WeakKeyDictionary[LoraWeights, FactorTable] = WeakKeyDictionary()
-        self._factors: LastFactors | None = None
+        self._factors: tuple[ReferenceType[BatchLora], Tensor] | None = None
 
     def _add(self, block: Any, bits: Bits | None) -> None:
         family, places = self._family, list(self._modules)
@@ -216,16 +206,16 @@ class NativeLayers:
 
     def factors_of(self, lora: BatchLora) -> Tensor:
         """The tables of the batch's adapters [members, sites, 5]."""
+        tables = [self._table(weights) for weights in lora.adapters]
+        for table in tables:
+            table.refresh()
         of_last_batch = self._factors
-        if of_last_batch is None or of_last_batch.lora() is not lora:
-            tables = [self._table(weights) for weights in lora.adapters]
+        if of_last_batch is None or of_last_batch[0]() is not lora:
             sites = self._num_layers * len(self._modules)
             empty = torch.empty(0, sites, FACTOR_FIELDS, dtype=torch.int64)
             fields = torch.stack([table.fields for table in tables]) if tables else empty
-            of_last_batch = self._factors = LastFactors(ref(lora), tables, fields)
-        for table in of_last_batch.tables:
-            table.refresh()
-        return of_last_batch.fields
+            of_last_batch = self._factors = ref(lora), fields
+        return of_last_batch[1]
 
     def _table(self, lora: LoraWeights) -> FactorTable:
         if lora not in self._tables:
